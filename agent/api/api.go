@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package api serves proto/node/v1 on the node's unix socket: it turns
+// messages into domain values and back, asks the kernel who is calling, lets a
+// caller see and touch only its own tenants' sandboxes, and turns errors into
+// gRPC codes. It decides nothing else.
+//
+// A sandbox of a tenant that the caller has no part in does not exist for it.
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/bulkheadhq/bulkhead/agent/admit"
+	"github.com/bulkheadhq/bulkhead/agent/meter"
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/agent/store"
+	"github.com/bulkheadhq/bulkhead/agent/supervisor"
+	"github.com/bulkheadhq/bulkhead/netpol"
+	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
+	"github.com/bulkheadhq/bulkhead/runtime"
+	"github.com/bulkheadhq/bulkhead/tenant"
+)
+
+// Images is the image side of a runtime.
+type Images interface {
+	Images(ctx context.Context) ([]runtime.Image, error)
+	Import(ctx context.Context, r io.Reader) ([]runtime.Image, error)
+	Pull(ctx context.Context, ref string, plainHTTP bool) (runtime.Image, error)
+}
+
+// Traffic answers what the egress program counted and would decide.
+type Traffic interface {
+	Network(slot uint32) (*nodev1.Network, []*nodev1.DropCounter, error)
+	Rules(id string, slot uint32) ([]*nodev1.RuleCounter, error)
+	Explain(slot uint32, f netpol.Flow) (*nodev1.ExplainResponse, error)
+}
+
+// Config of a Server; all fields are required.
+type Config struct {
+	Sandboxes *supervisor.Supervisor
+	Images    Images
+	Traffic   Traffic
+	NodeID    string
+	LogDir    func(id string) string
+	NodeInfo  func(ctx context.Context) (*nodev1.NodeInfoResponse, error)
+	Reload    func() (tenants, updated int, err error)
+	Usage     func() map[string]meter.Mark
+}
+
+// Server implements nodev1.NodeServer.
+type Server struct {
+	nodev1.UnimplementedNodeServer
+	cfg Config
+}
+
+// maxMessage bounds one message in either direction.
+const maxMessage = 4 << 20
+
+// Serve answers calls on l until ctx ends. It closes l.
+func Serve(ctx context.Context, cfg Config, l net.Listener) error {
+	srv := grpc.NewServer(
+		grpc.Creds(peerCred{}),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(1024),
+	)
+	nodev1.RegisterNodeServer(srv, &Server{cfg: cfg})
+	stop := context.AfterFunc(ctx, func() {
+		timer := time.AfterFunc(2*time.Second, srv.Stop) // streams such as logs -f never end by themselves
+		defer timer.Stop()
+		srv.GracefulStop()
+	})
+	defer stop()
+	if err := srv.Serve(l); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// failure turns an error into a gRPC status, in one place.
+func failure(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	var (
+		denied  *admit.Denied
+		spec    *sandbox.SpecError
+		policy  *netpol.Error
+		taken   *store.NameTakenError
+		message = strings.ToValidUTF8(err.Error(), "?")
+	)
+	switch {
+	case errors.As(err, &denied):
+		code := codes.ResourceExhausted
+		if denied.Reason == admit.TenantUnknown {
+			code = codes.NotFound
+		}
+		st := status.New(code, message)
+		if with, derr := st.WithDetails(&nodev1.Denial{
+			Reason: string(denied.Reason), Resource: denied.Resource, Limit: denied.Limit,
+			InUse: denied.InUse, Want: denied.Want, SetBy: denied.SetBy, File: denied.File,
+		}); derr == nil {
+			st = with
+		}
+		return st.Err()
+	case errors.As(err, &spec), errors.As(err, &policy),
+		errors.Is(err, runtime.ErrInvalidArchive), errors.Is(err, runtime.ErrInvalidSpec):
+		return status.Error(codes.InvalidArgument, message)
+	case errors.As(err, &taken), errors.Is(err, runtime.ErrExists):
+		return status.Error(codes.AlreadyExists, message)
+	case errors.Is(err, supervisor.ErrNotFound), errors.Is(err, runtime.ErrImageNotFound):
+		return status.Error(codes.NotFound, message)
+	case errors.Is(err, supervisor.ErrAmbiguous):
+		return status.Error(codes.InvalidArgument, message)
+	case errors.Is(err, supervisor.ErrNotStopped), errors.Is(err, runtime.ErrNotRunning), errors.Is(err, runtime.ErrNoAttach):
+		return status.Error(codes.FailedPrecondition, message)
+	case errors.Is(err, supervisor.ErrLeaving):
+		return status.Error(codes.Unavailable, message)
+	case errors.Is(err, context.Canceled):
+		return status.Error(codes.Canceled, message)
+	case errors.Is(err, context.DeadlineExceeded):
+		return status.Error(codes.DeadlineExceeded, message)
+	}
+	return status.Error(codes.Internal, message)
+}
+
+// find resolves a reference among what the caller may see.
+func (s *Server) find(ctx context.Context, ref string) (sandbox.Record, Caller, error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return sandbox.Record{}, c, err
+	}
+	if ref == "" {
+		return sandbox.Record{}, c, status.Error(codes.InvalidArgument, "name a sandbox")
+	}
+	rec, err := s.cfg.Sandboxes.Find(ref, s.mayAct(c))
+	return rec, c, failure(err)
+}
+
+// Create implements nodev1.NodeServer.
+func (s *Server) Create(ctx context.Context, req *nodev1.CreateRequest) (*nodev1.CreateResponse, error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	spec := specFromProto(req.GetSpec())
+	path, err := tenant.ParsePath(string(spec.Tenant))
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "tenant: %v", err)
+	}
+	if !s.mayAct(c)(path) {
+		return nil, status.Errorf(codes.PermissionDenied, "%s may not act for %s: it is not among the members of it or of a tenant above it", c, path)
+	}
+	rec, err := s.cfg.Sandboxes.Create(ctx, spec, c.String())
+	if err != nil {
+		return nil, failure(err)
+	}
+	if !req.GetNoWait() {
+		if rec, err = s.cfg.Sandboxes.Launched(ctx, rec.ID); err != nil {
+			return nil, failure(err)
+		}
+		if x := rec.Exit; x != nil && x.Reason == sandbox.LaunchFailed {
+			return nil, status.Errorf(codes.Aborted, "sandbox %s (%s) did not start: %s", rec.Spec.Name, rec.ID, strings.ToValidUTF8(x.Message, "?"))
+		}
+	}
+	return &nodev1.CreateResponse{Sandbox: s.toProto(rec)}, nil
+}
+
+// Get implements nodev1.NodeServer.
+func (s *Server) Get(ctx context.Context, req *nodev1.GetRequest) (*nodev1.GetResponse, error) {
+	rec, _, err := s.find(ctx, req.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	out := &nodev1.GetResponse{Sandbox: s.toProto(rec)}
+	for _, e := range rec.Events {
+		out.Events = append(out.Events, &nodev1.Event{TimeNs: unixNano(e.At), Kind: e.Kind, Message: strings.ToValidUTF8(e.Message, "?")})
+	}
+	if prog, err := s.cfg.Sandboxes.Program(rec.ID); err == nil {
+		out.Policy = prog.Describe()
+	}
+	if rec.State == sandbox.Running || rec.State == sandbox.Paused {
+		if out.Network, out.Drops, err = s.cfg.Traffic.Network(rec.Slot); err != nil {
+			return nil, failure(err)
+		}
+		if out.Rules, err = s.cfg.Traffic.Rules(rec.ID, rec.Slot); err != nil {
+			return nil, failure(err)
+		}
+	}
+	return out, nil
+}
+
+// within reports whether a record is of the subtree asked for and visible.
+func within(filter string, may func(tenant.Path) bool) func(sandbox.Record) bool {
+	return func(r sandbox.Record) bool {
+		return may(r.Spec.Tenant) && (filter == "" || tenant.Path(filter).Contains(r.Spec.Tenant))
+	}
+}
+
+// List implements nodev1.NodeServer.
+func (s *Server) List(ctx context.Context, req *nodev1.ListRequest) (*nodev1.ListResponse, error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	in := within(req.GetTenant(), s.mayAct(c))
+	out := &nodev1.ListResponse{}
+	for _, rec := range s.cfg.Sandboxes.List() {
+		if in(rec) && (req.GetAll() || rec.State.Live()) {
+			out.Sandboxes = append(out.Sandboxes, s.toProto(rec))
+		}
+	}
+	return out, nil
+}
+
+// Watch implements nodev1.NodeServer.
+func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServer[nodev1.WatchResponse]) error {
+	c, err := caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	in := within(req.GetTenant(), s.mayAct(c))
+	now, sub := s.cfg.Sandboxes.Subscribe()
+	defer sub.Close()
+	for _, rec := range now {
+		if in(rec) {
+			if err := stream.Send(&nodev1.WatchResponse{Sandbox: s.toProto(rec)}); err != nil {
+				return err
+			}
+		}
+	}
+	if err := stream.Send(&nodev1.WatchResponse{Synced: true}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case ch, ok := <-sub.C:
+			if !ok {
+				return status.Error(codes.ResourceExhausted, "this watcher reads too slowly and missed changes; watch again")
+			}
+			if in(ch.Record) {
+				if err := stream.Send(&nodev1.WatchResponse{Sandbox: s.toProto(ch.Record), Deleted: ch.Deleted}); err != nil {
+					return err
+				}
+			}
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+	}
+}
+
+// Stop implements nodev1.NodeServer.
+func (s *Server) Stop(ctx context.Context, req *nodev1.StopRequest) (*nodev1.StopResponse, error) {
+	rec, c, err := s.find(ctx, req.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	grace := time.Duration(req.GetGraceMs()) * time.Millisecond
+	if err := s.cfg.Sandboxes.Stop(rec.ID, sandbox.StopRequest{Reason: sandbox.StoppedBy, By: c.String(), Grace: grace}); err != nil {
+		return nil, failure(err)
+	}
+	rec, err = s.cfg.Sandboxes.Wait(ctx, rec.ID)
+	if err != nil {
+		return nil, failure(err)
+	}
+	return &nodev1.StopResponse{Sandbox: s.toProto(rec)}, nil
+}
+
+// Delete implements nodev1.NodeServer.
+func (s *Server) Delete(ctx context.Context, req *nodev1.DeleteRequest) (*nodev1.DeleteResponse, error) {
+	rec, c, err := s.find(ctx, req.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	if req.GetForce() {
+		if err := s.cfg.Sandboxes.Stop(rec.ID, sandbox.StopRequest{Reason: sandbox.StoppedBy, By: c.String(), Grace: -1}); err != nil {
+			return nil, failure(err)
+		}
+		if _, err := s.cfg.Sandboxes.Wait(ctx, rec.ID); err != nil {
+			return nil, failure(err)
+		}
+	}
+	if err := s.cfg.Sandboxes.Delete(rec.ID); err != nil {
+		return nil, failure(err)
+	}
+	return &nodev1.DeleteResponse{}, nil
+}
+
+// Wait implements nodev1.NodeServer.
+func (s *Server) Wait(ctx context.Context, req *nodev1.WaitRequest) (*nodev1.WaitResponse, error) {
+	rec, _, err := s.find(ctx, req.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	if rec, err = s.cfg.Sandboxes.Wait(ctx, rec.ID); err != nil {
+		return nil, failure(err)
+	}
+	return &nodev1.WaitResponse{Sandbox: s.toProto(rec)}, nil
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"context"
+	"net/netip"
+	"sort"
+	"strings"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
+	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
+	"github.com/bulkheadhq/bulkhead/runtime"
+	"github.com/bulkheadhq/bulkhead/tenant"
+)
+
+func imageToProto(i runtime.Image) *nodev1.Image {
+	return &nodev1.Image{Reference: i.Name, Digest: i.Digest, SizeBytes: i.SizeBytes, CreatedNs: unixNano(i.Created)}
+}
+
+// PullImage implements nodev1.NodeServer.
+func (s *Server) PullImage(ctx context.Context, req *nodev1.PullImageRequest) (*nodev1.PullImageResponse, error) {
+	if err := operator(ctx, "pull images"); err != nil {
+		return nil, err
+	}
+	if req.GetReference() == "" {
+		return nil, status.Error(codes.InvalidArgument, "name an image")
+	}
+	img, err := s.cfg.Images.Pull(ctx, req.GetReference(), req.GetPlainHttp())
+	if err != nil {
+		return nil, failure(err)
+	}
+	return &nodev1.PullImageResponse{Image: imageToProto(img)}, nil
+}
+
+// ListImages implements nodev1.NodeServer.
+func (s *Server) ListImages(ctx context.Context, _ *nodev1.ListImagesRequest) (*nodev1.ListImagesResponse, error) {
+	if _, err := caller(ctx); err != nil {
+		return nil, err
+	}
+	imgs, err := s.cfg.Images.Images(ctx)
+	if err != nil {
+		return nil, failure(err)
+	}
+	out := &nodev1.ListImagesResponse{}
+	for _, i := range imgs {
+		out.Images = append(out.Images, imageToProto(i))
+	}
+	return out, nil
+}
+
+// Explain implements nodev1.NodeServer.
+func (s *Server) Explain(ctx context.Context, req *nodev1.ExplainRequest) (*nodev1.ExplainResponse, error) {
+	rec, _, err := s.find(ctx, req.GetRef())
+	if err != nil {
+		return nil, err
+	}
+	addr, err := netip.ParseAddr(req.GetAddress())
+	if err != nil || addr.Zone() != "" {
+		return nil, status.Errorf(codes.InvalidArgument, "%q is not an IP address (names come with the resolver, which this version does not have)", req.GetAddress())
+	}
+	flow := netpol.Flow{Dst: addr, Port: uint16(req.GetPort())}
+	switch req.GetProtocol() {
+	case "tcp":
+		flow.Proto = netpol.TCP
+	case "udp":
+		flow.Proto = netpol.UDP
+	case "icmp":
+		return &nodev1.ExplainResponse{
+			Reason: "protocol", Tenant: "bulkhead", PolicyRev: rec.PolicyRev,
+			Detail: "only TCP and UDP leave a sandbox; ICMP is always denied",
+		}, nil
+	default:
+		return nil, status.Errorf(codes.InvalidArgument, "protocol %q is not tcp, udp or icmp", req.GetProtocol())
+	}
+	if req.GetPort() == 0 || req.GetPort() > 65535 {
+		return nil, status.Errorf(codes.InvalidArgument, "port %d is not between 1 and 65535", req.GetPort())
+	}
+	if rec.State != sandbox.Running && rec.State != sandbox.Paused {
+		return nil, status.Errorf(codes.FailedPrecondition, "sandbox %s is %s: nothing is enforced for it now", rec.Spec.Name, rec.State)
+	}
+	out, err := s.cfg.Traffic.Explain(rec.Slot, flow)
+	if err != nil {
+		return nil, failure(err)
+	}
+	return out, nil
+}
+
+// NodeInfo implements nodev1.NodeServer.
+func (s *Server) NodeInfo(ctx context.Context, _ *nodev1.NodeInfoRequest) (*nodev1.NodeInfoResponse, error) {
+	if _, err := caller(ctx); err != nil {
+		return nil, err
+	}
+	info, err := s.cfg.NodeInfo(ctx)
+	return info, failure(err)
+}
+
+// Usage implements nodev1.NodeServer.
+func (s *Server) Usage(ctx context.Context, req *nodev1.UsageRequest) (*nodev1.UsageResponse, error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	only := ""
+	if req.GetRef() != "" {
+		rec, _, err := s.find(ctx, req.GetRef())
+		if err != nil {
+			return nil, err
+		}
+		only = rec.ID
+	}
+	in := within(req.GetTenant(), s.mayAct(c))
+	marks := s.cfg.Usage()
+	out := &nodev1.UsageResponse{}
+	for _, rec := range s.cfg.Sandboxes.List() {
+		mark, ok := marks[rec.ID]
+		if !ok || !in(rec) || only != "" && only != rec.ID {
+			continue
+		}
+		for _, t := range mark.Totals() {
+			out.Rows = append(out.Rows, &nodev1.UsageRow{
+				Tenant: string(rec.Spec.Tenant), Sandbox: rec.ID, SandboxName: rec.Spec.Name,
+				Meter: t.Meter, Total: t.Total, StartNs: unixNano(rec.Started), EndNs: unixNano(t.Until),
+			})
+		}
+	}
+	sort.SliceStable(out.Rows, func(i, j int) bool {
+		a, b := out.Rows[i], out.Rows[j]
+		if a.Tenant != b.Tenant {
+			return a.Tenant < b.Tenant
+		}
+		if a.Sandbox != b.Sandbox {
+			return a.Sandbox < b.Sandbox
+		}
+		return a.Meter < b.Meter
+	})
+	return out, nil
+}
+
+func quotaToProto(q tenant.Quota) *nodev1.Quota {
+	return &nodev1.Quota{CpuMillis: q.CPUMillis, MemoryBytes: q.MemoryBytes, Pids: q.PIDs, Sandboxes: q.Sandboxes}
+}
+
+// ListTenants implements nodev1.NodeServer.
+func (s *Server) ListTenants(ctx context.Context, _ *nodev1.ListTenantsRequest) (*nodev1.ListTenantsResponse, error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	may := s.mayAct(c)
+	out := &nodev1.ListTenantsResponse{}
+	for _, t := range s.cfg.Sandboxes.Tenants().All() {
+		if !may(t.Path) {
+			continue
+		}
+		row := &nodev1.Tenant{
+			Path: string(t.Path), Limit: quotaToProto(t.Quota),
+			InUse: quotaToProto(s.cfg.Sandboxes.InUse(t.Path)), File: t.File,
+		}
+		if t.Policy != nil {
+			for _, r := range t.Policy.Rules {
+				row.Rules = append(row.Rules, r.Name)
+			}
+		}
+		out.Tenants = append(out.Tenants, row)
+	}
+	return out, nil
+}
+
+// Reload implements nodev1.NodeServer.
+func (s *Server) Reload(ctx context.Context, _ *nodev1.ReloadRequest) (*nodev1.ReloadResponse, error) {
+	if err := operator(ctx, "reload the tenants"); err != nil {
+		return nil, err
+	}
+	tenants, updated, err := s.cfg.Reload()
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, "nothing changed: "+strings.ToValidUTF8(err.Error(), "?"))
+	}
+	return &nodev1.ReloadResponse{Tenants: uint32(tenants), SandboxesUpdated: uint32(updated)}, nil
+}

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config reads bulkhead-agent.toml. It is strict: an unknown key, a
+// value without its unit, a path that is not absolute is an error with file,
+// line and the nearest name, and nothing has been touched by then.
+//
+// The sample bulkhead-agent.toml beside this file is the manual; a test parses
+// it and compares it with the defaults.
+package config
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/agext/levenshtein"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/bulkheadhq/bulkhead/tenant"
+)
+
+// Sample is the manual: every key, its default, why one would change it.
+//
+//go:embed bulkhead-agent.toml
+var Sample []byte
+
+// Size is a number of bytes, written with a unit: "64MiB".
+type Size int64
+
+// UnmarshalText reads a size with its unit.
+func (s *Size) UnmarshalText(text []byte) error {
+	n, err := tenant.ParseSize(string(text))
+	*s = Size(n)
+	return err
+}
+
+// CPU is a number of thousandths of a core, written "0.5" or "500m".
+type CPU int64
+
+// UnmarshalText reads a number of cores.
+func (c *CPU) UnmarshalText(text []byte) error {
+	n, err := tenant.ParseCPU(string(text))
+	*c = CPU(n)
+	return err
+}
+
+// Duration is a time span with its unit: "30s".
+type Duration time.Duration
+
+// UnmarshalText reads a duration with its unit.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration such as \"30s\"", text)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// Config is the whole file. Defaults are what Default answers.
+type Config struct {
+	StateDir   string `toml:"state_dir"`
+	RunDir     string `toml:"run_dir"`
+	TenantsDir string `toml:"tenants_dir"`
+	Socket     string `toml:"socket"`
+	SocketGID  int    `toml:"socket_gid"`
+	Log        struct {
+		Format string `toml:"format"`
+		Level  string `toml:"level"`
+	} `toml:"log"`
+	Containerd struct {
+		Address   string `toml:"address"`
+		Namespace string `toml:"namespace"`
+		Runc      string `toml:"runc"`
+		RuncRoot  string `toml:"runc_root"`
+		Logger    string `toml:"logger"`
+	} `toml:"containerd"`
+	Cgroups struct {
+		Root         string `toml:"root"`
+		Slice        string `toml:"slice"`
+		AllowPartial bool   `toml:"allow_partial"`
+	} `toml:"cgroups"`
+	Network struct {
+		Pool4      netip.Prefix `toml:"pool4"`
+		Pool6      netip.Prefix `toml:"pool6"`
+		MTU        int          `toml:"mtu"`
+		LinkPrefix string       `toml:"link_prefix"`
+		NFTable    string       `toml:"nft_table"`
+	} `toml:"network"`
+	Egress struct {
+		PinDir       string         `toml:"pin_dir"`
+		HostNetworks []netip.Prefix `toml:"host_networks"`
+		VerifyEvery  Duration       `toml:"verify_every"`
+	} `toml:"egress"`
+	Sandbox struct {
+		Max           uint32   `toml:"max"`
+		DefaultCPU    CPU      `toml:"default_cpus"`
+		DefaultMemory Size     `toml:"default_memory"`
+		DefaultPIDs   int64    `toml:"default_pids"`
+		StopGrace     Duration `toml:"stop_grace"`
+		LogMaxSize    Size     `toml:"log_max_size"`
+		LogFiles      int      `toml:"log_files"`
+	} `toml:"sandbox"`
+	Node struct {
+		ReserveCPU     CPU     `toml:"reserve_cpus"`
+		ReserveMemory  Size    `toml:"reserve_memory"`
+		CPUOvercommit  float64 `toml:"cpu_overcommit"`
+		MaxSandboxPIDs int64   `toml:"max_pids"`
+	} `toml:"node"`
+	Usage struct {
+		Interval   Duration `toml:"interval"`
+		SpoolLimit Size     `toml:"spool_limit"`
+		Gateway    string   `toml:"gateway"`
+		CAFile     string   `toml:"ca_file"`
+		CertFile   string   `toml:"cert_file"`
+		KeyFile    string   `toml:"key_file"`
+	} `toml:"usage"`
+}
+
+// Default answers the defaults.
+func Default() Config {
+	var c Config
+	c.StateDir = "/var/lib/bulkhead"
+	c.RunDir = "/run/bulkhead"
+	c.TenantsDir = "/etc/bulkhead/tenants"
+	c.Socket = "/run/bulkhead/agent.sock"
+	c.Log.Format = "auto"
+	c.Log.Level = "info"
+	c.Containerd.Address = "/run/containerd/containerd.sock"
+	c.Containerd.Namespace = "bulkhead"
+	c.Containerd.Runc = "runc"
+	c.Cgroups.Slice = "bulkhead.slice"
+	c.Network.Pool4 = netip.MustParsePrefix("100.96.0.0/16")
+	c.Network.Pool6 = netip.MustParsePrefix("fd62:6b68::/64")
+	c.Network.MTU = 1500
+	c.Network.LinkPrefix = "bh"
+	c.Network.NFTable = "bulkhead"
+	c.Egress.PinDir = "/sys/fs/bpf/bulkhead"
+	c.Egress.VerifyEvery = Duration(10 * time.Second)
+	c.Sandbox.Max = 1024
+	c.Sandbox.DefaultCPU = 1000
+	c.Sandbox.DefaultMemory = 512 << 20
+	c.Sandbox.DefaultPIDs = 256
+	c.Sandbox.StopGrace = Duration(10 * time.Second)
+	c.Sandbox.LogMaxSize = 10 << 20
+	c.Sandbox.LogFiles = 5
+	c.Node.ReserveCPU = 0
+	c.Node.ReserveMemory = 1 << 30
+	c.Node.CPUOvercommit = 1
+	c.Node.MaxSandboxPIDs = 4096
+	c.Usage.Interval = Duration(10 * time.Second)
+	c.Usage.SpoolLimit = 1 << 30
+	return c
+}
+
+// Load reads a file over the defaults. Relative paths in it are refused, so
+// that what the agent does never depends on where it was started.
+func Load(file string) (Config, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return Config{}, err
+	}
+	return Parse(file, data)
+}
+
+// Parse is Load for data that is already there.
+func Parse(file string, data []byte) (Config, error) {
+	c := Default()
+	dec := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields()
+	if err := dec.Decode(&c); err != nil {
+		return Config{}, locate(file, err)
+	}
+	if err := c.check(); err != nil {
+		return Config{}, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+func locate(file string, err error) error {
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) && len(strict.Errors) > 0 {
+		e := strict.Errors[0]
+		row, _ := e.Position()
+		key := strings.Join(e.Key(), ".")
+		return fmt.Errorf("%s:%d: unknown key %q; did you mean %q?", file, row, key, nearest(key, keys(reflect.TypeFor[Config](), "")))
+	}
+	var dec *toml.DecodeError
+	if errors.As(err, &dec) {
+		row, _ := dec.Position()
+		return fmt.Errorf("%s:%d: %s", file, row, strings.TrimPrefix(dec.Error(), "toml: "))
+	}
+	return fmt.Errorf("%s: %w", file, err)
+}
+
+// keys answers every key of the file, dotted.
+func keys(t reflect.Type, prefix string) []string {
+	var out []string
+	for f := range t.Fields() {
+		name := prefix + f.Tag.Get("toml")
+		out = append(out, name)
+		if f.Type.Kind() == reflect.Struct && f.Type.Name() == "" {
+			out = append(out, keys(f.Type, name+".")...)
+		}
+	}
+	return out
+}
+
+func nearest(key string, all []string) string {
+	best, dist := "", 1<<30
+	for _, k := range all {
+		if d := levenshtein.Distance(key, k, nil); d < dist {
+			best, dist = k, d
+		}
+	}
+	return best
+}
+
+// check refuses values that cannot work, each with the key it stands at.
+func (c *Config) check() error {
+	for _, p := range []struct{ key, path string }{
+		{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"tenants_dir", c.TenantsDir}, {"socket", c.Socket},
+		{"containerd.address", c.Containerd.Address}, {"egress.pin_dir", c.Egress.PinDir},
+	} {
+		if !filepath.IsAbs(p.path) {
+			return fmt.Errorf("%s = %q is not an absolute path", p.key, p.path)
+		}
+	}
+	if len(c.Socket) > 107 {
+		return fmt.Errorf("socket has %d characters; a unix socket's path has at most 107", len(c.Socket))
+	}
+	if !c.Network.Pool4.IsValid() || !c.Network.Pool4.Addr().Is4() || c.Network.Pool4.Bits() > 30 {
+		return fmt.Errorf("network.pool4 = %s is not an IPv4 prefix of /30 or wider", c.Network.Pool4)
+	}
+	if !c.Network.Pool6.IsValid() || !c.Network.Pool6.Addr().Is6() || c.Network.Pool6.Addr().Is4In6() || c.Network.Pool6.Bits() > 112 {
+		return fmt.Errorf("network.pool6 = %s is not an IPv6 prefix of /112 or wider", c.Network.Pool6)
+	}
+	for _, n := range []struct {
+		key      string
+		v        int64
+		min, max int64
+	}{
+		{"network.mtu", int64(c.Network.MTU), 1280, 65535},
+		{"sandbox.max", int64(c.Sandbox.Max), 1, min(4095, int64(1)<<(32-c.Network.Pool4.Bits())-2)},
+		{"sandbox.default_pids", c.Sandbox.DefaultPIDs, 1, 1 << 22},
+		{"sandbox.default_memory", int64(c.Sandbox.DefaultMemory), 4 << 20, 1 << 50},
+		{"sandbox.default_cpus", int64(c.Sandbox.DefaultCPU), 10, 1 << 20},
+		{"sandbox.log_max_size", int64(c.Sandbox.LogMaxSize), 4 << 10, 1 << 40},
+		{"sandbox.log_files", int64(c.Sandbox.LogFiles), 1, 100},
+		{"node.max_pids", c.Node.MaxSandboxPIDs, 1, 1 << 22},
+		{"node.reserve_memory", int64(c.Node.ReserveMemory), 0, 1 << 50},
+		{"node.reserve_cpus", int64(c.Node.ReserveCPU), 0, 1 << 20},
+		{"usage.spool_limit", int64(c.Usage.SpoolLimit), 1 << 20, 1 << 50},
+		{"usage.interval in ms", time.Duration(c.Usage.Interval).Milliseconds(), 100, time.Hour.Milliseconds()},
+		{"egress.verify_every in ms", time.Duration(c.Egress.VerifyEvery).Milliseconds(), 100, time.Hour.Milliseconds()},
+		{"sandbox.stop_grace in ms", time.Duration(c.Sandbox.StopGrace).Milliseconds(), 0, time.Hour.Milliseconds()},
+	} {
+		if n.v < n.min || n.v > n.max {
+			return fmt.Errorf("%s = %d is not between %d and %d", n.key, n.v, n.min, n.max)
+		}
+	}
+	if c.Node.CPUOvercommit < 1 || c.Node.CPUOvercommit > 100 {
+		return fmt.Errorf("node.cpu_overcommit = %g is not between 1 and 100", c.Node.CPUOvercommit)
+	}
+	if l := c.Network.LinkPrefix; l == "" || len(l) > 3 {
+		return fmt.Errorf("network.link_prefix = %q must have 1 to 3 characters (an interface name has 15, an id 12)", l)
+	}
+	switch c.Log.Format {
+	case "auto", "json", "text":
+	default:
+		return fmt.Errorf("log.format = %q is not auto, json or text", c.Log.Format)
+	}
+	switch c.Log.Level {
+	case "debug", "info", "warn", "error":
+	default:
+		return fmt.Errorf("log.level = %q is not debug, info, warn or error", c.Log.Level)
+	}
+	if (c.Usage.CertFile == "") != (c.Usage.KeyFile == "") {
+		return errors.New("usage.cert_file and usage.key_file go together")
+	}
+	return nil
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
+	"github.com/bulkheadhq/bulkhead/tenant"
+)
+
+// Reload puts another set of tenants in force: limits of the tenants' cgroups
+// and the policies of running sandboxes. All or nothing: if any of it is
+// refused, what was changed is put back and the old set stays.
+func (s *Supervisor) Reload(set *tenant.Set) (updated int, err error) {
+	s.admission.Lock()
+	defer s.admission.Unlock()
+	old := s.tenants.Load()
+	type change struct {
+		b        *box
+		from, to netpol.Program
+	}
+	var changes []change
+	s.mu.Lock()
+	boxes := make([]*box, 0, len(s.boxes))
+	for _, b := range s.boxes {
+		boxes = append(boxes, b)
+	}
+	s.mu.Unlock()
+	for _, b := range boxes {
+		rec := b.record()
+		if !rec.State.Live() {
+			continue
+		}
+		if len(set.Chain(rec.Spec.Tenant)) == 0 {
+			return 0, fmt.Errorf("tenant %s would go, but sandbox %s of it is %s: stop it first", rec.Spec.Tenant, rec.Spec.Name, rec.State)
+		}
+		to, err := compile(set, rec.Spec)
+		if err != nil {
+			return 0, fmt.Errorf("sandbox %s of %s: %w", rec.Spec.Name, rec.Spec.Tenant, err)
+		}
+		if to.Digest != rec.PolicyDigest {
+			changes = append(changes, change{b: b, to: to})
+		}
+	}
+	for i := range changes {
+		c := &changes[i]
+		if c.from, err = c.b.setPolicy(c.to); err == nil {
+			continue
+		}
+		for _, done := range changes[:i] {
+			if _, uerr := done.b.setPolicy(done.from); uerr != nil {
+				err = errors.Join(err, fmt.Errorf("put back: %w", uerr))
+			}
+		}
+		return 0, err
+	}
+	s.tenants.Store(set)
+	for _, t := range old.All() {
+		if s.InUse(t.Path).Sandboxes > 0 {
+			if err := s.ensureTenant(t.Path); err != nil {
+				return len(changes), fmt.Errorf("policies are in force, limits are not: %w", err)
+			}
+		}
+	}
+	return len(changes), nil
+}
+
+// setPolicy swaps the policy of one sandbox. When it returns without an error
+// the new one judges the next packet; else the old one still does.
+func (b *box) setPolicy(to netpol.Program) (from netpol.Program, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	from = b.program
+	next := b.rec.Clone()
+	next.PolicyRev++
+	next.PolicyDigest = to.Digest
+	next.Log(time.Now(), "policy", "revision %d", next.PolicyRev)
+	if err := b.s.cfg.Store.Put(next); err != nil {
+		return from, err
+	}
+	if b.rec.State == sandbox.Running || b.rec.State == sandbox.Paused {
+		if err := b.s.cfg.Egress.SetPolicy(b.rec.ID, b.rec.Slot, to, next.PolicyRev); err != nil {
+			return from, errors.Join(err, b.s.cfg.Store.Put(b.rec))
+		}
+	}
+	b.rec, b.program = next, to
+	if b.rec.State != sandbox.Placed { // Placed: start sees that it moved
+		b.attached = next.PolicyRev
+	}
+	return from, nil
+}
+
+// ensureTenant makes the cgroup of a tenant and of every ancestor.
+func (s *Supervisor) ensureTenant(path tenant.Path) error {
+	for _, t := range s.tenants.Load().Chain(path) {
+		if err := s.cfg.Cgroups.Ensure(string(t.Path), t.Quota); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// verifyLoop asks the kernel again and again whether every running sandbox is
+// still enforced. If not, its link goes down first and is brought back only
+// with the program attached.
+func (s *Supervisor) verifyLoop(ctx context.Context) {
+	for sleep(ctx, s.cfg.VerifyEvery) {
+		for _, rec := range s.List() {
+			if rec.State != sandbox.Running {
+				continue
+			}
+			b, err := s.box(rec.ID)
+			if err != nil {
+				continue
+			}
+			b.mu.Lock()
+			ifindex := b.ifindex
+			b.mu.Unlock()
+			err = s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex)
+			if err == nil || b.record().State != sandbox.Running {
+				continue
+			}
+			if derr := s.cfg.Links.Down(rec.ID); derr != nil {
+				s.cfg.Log.Error("take link down", "sandbox", rec.ID, "err", derr)
+			}
+			b.note("drift", "link down until repaired: %v", err)
+			if err := b.reattach(ctx); err != nil {
+				b.cutOff(err)
+				continue
+			}
+			b.note("repaired", "egress enforced again")
+		}
+	}
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"strings"
+	"time"
+
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/runtime"
+)
+
+// adopt takes over what a record says and the machine shows:
+//
+//	record               machine                         answer
+//	Admitted, Placed     anything                        undo, Stopped: launch_failed
+//	Running, Paused      task runs, same boot            enforce, verify, go on
+//	Running, Paused      task ended while we were away   its true exit, teardown
+//	Running, Paused      no task, or another boot        Stopped: lost, usage to the last sample
+//	Stopping             anything                        go on with the teardown
+//	Stopped              anything left of it             removed (sweep)
+//	no record            anything                        unknown: left alone, warned of
+func (b *box) adopt(ctx context.Context) *runtime.Exit {
+	rec := b.record()
+	if rec.State != sandbox.Running && rec.State != sandbox.Paused {
+		return nil
+	}
+	if rec.BootID != b.s.cfg.BootID {
+		b.note("lost", "the node was rebooted")
+		return nil
+	}
+	defer b.closeLaunched()
+	task := b.findTask(ctx)
+	if task == nil {
+		return nil
+	}
+	b.mu.Lock()
+	b.task = task
+	b.mu.Unlock()
+	if st, err := task.Status(ctx); err == nil && st.State == runtime.StateCreated {
+		b.mu.Lock()
+		b.neverRan = true // crashed between recording Running and starting
+		b.mu.Unlock()
+		return nil
+	}
+	b.reenforce(ctx)
+	if ctx.Err() != nil {
+		return nil
+	}
+	b.closeLaunched()
+	b.note("adopted", "by a restarted agent, pid %d", task.PID())
+	return b.follow(ctx, task)
+}
+
+// findTask asks until the runtime gives a certain answer; nil is gone.
+func (b *box) findTask(ctx context.Context) runtime.Task {
+	backoff := 50 * time.Millisecond
+	for {
+		task, err := b.s.cfg.Runtime.Find(ctx, b.id)
+		switch {
+		case err == nil:
+			return task
+		case errors.Is(err, runtime.ErrNotFound), ctx.Err() != nil:
+			return nil
+		}
+		b.s.cfg.Log.Warn("find sandbox after restart; asking again", "sandbox", b.id, "err", err)
+		if !sleep(ctx, backoff) {
+			return nil
+		}
+		backoff = min(2*backoff, 5*time.Second)
+	}
+}
+
+// reenforce makes sure that an adopted sandbox is enforced with the policy
+// that its tenant has today. What cannot be enforced is cut off and stopped.
+func (b *box) reenforce(ctx context.Context) {
+	rec := b.record()
+	prog, err := compile(b.s.Tenants(), rec.Spec)
+	if err == nil && prog.Digest != rec.PolicyDigest {
+		err = b.update(func(r *sandbox.Record) error {
+			r.PolicyRev++
+			r.PolicyDigest = prog.Digest
+			r.Log(time.Now(), "policy", "revision %d, changed while the agent was away", r.PolicyRev)
+			return nil
+		})
+	}
+	if err == nil {
+		b.mu.Lock()
+		b.program = prog
+		b.mu.Unlock()
+		err = b.reattach(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		b.cutOff(err)
+	}
+}
+
+// reattach brings link and program to what they must be and reads it back.
+func (b *box) reattach(ctx context.Context) error {
+	rec := b.record()
+	ifindex, err := b.s.cfg.Links.Create(ctx, rec.ID, *rec.Plan)
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	b.ifindex = ifindex
+	b.mu.Unlock()
+	if err := b.attach(ctx); err != nil {
+		return err
+	}
+	if err := b.s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex); err != nil {
+		return err
+	}
+	return b.s.cfg.Links.Up(rec.ID)
+}
+
+// cutOff takes a sandbox's link down and stops it, because its egress cannot
+// be enforced.
+func (b *box) cutOff(cause error) {
+	rec := b.record()
+	if err := b.s.cfg.Links.Down(rec.ID); err != nil {
+		b.s.cfg.Log.Error("take link down", "sandbox", rec.ID, "err", err)
+	}
+	b.note("not_enforced", "link down: %v", cause)
+	if err := b.requestStop(sandbox.StopRequest{
+		Reason: sandbox.StoppedBy, By: "bulkhead", At: time.Now().UTC(),
+		Message: fmt.Sprintf("egress could not be enforced: %v", cause),
+	}); err != nil {
+		b.s.cfg.Log.Error("record a stop", "sandbox", rec.ID, "err", err)
+	}
+}
+
+// sweep looks for what is left on the machine. What belongs to a record that
+// says Stopped is removed; what belongs to no record is named and left alone.
+func (s *Supervisor) sweep(ctx context.Context) {
+	found := map[string][]string{}
+	for _, l := range []struct {
+		kind string
+		list func() ([]string, error)
+	}{
+		{"container", func() ([]string, error) { return s.cfg.Runtime.List(ctx) }},
+		{"link", s.cfg.Links.List},
+		{"egress program", s.cfg.Egress.List},
+		{"cgroup", s.cfg.Cgroups.List},
+	} {
+		ids, err := l.list()
+		if err != nil {
+			s.cfg.Log.Warn("list what is on the machine", "kind", l.kind, "err", err)
+		}
+		for _, id := range ids {
+			found[id] = append(found[id], l.kind)
+		}
+	}
+	for id, kinds := range found {
+		sort.Strings(kinds)
+		what := strings.Join(kinds, ", ")
+		b, err := s.box(id)
+		switch {
+		case err != nil:
+			s.warn("unknown "+id, fmt.Sprintf("unknown sandbox %s on this machine (%s): no record of it here, so it is left alone", id, what))
+			s.cfg.Log.Warn("unknown sandbox left alone", "sandbox", id, "found", what)
+		case !b.record().State.Live():
+			s.cfg.Log.Warn("removing what was left of a stopped sandbox", "sandbox", id, "found", what)
+			for i, steps := 0, b.steps(); i < len(steps); i++ {
+				if err := steps[len(steps)-1-i].undo(ctx); err != nil {
+					s.cfg.Log.Warn("remove leftover", "sandbox", id, "err", err)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package supervisor owns every sandbox of the node: one goroutine for each,
+// a list of launch steps with undo, adoption after a restart, and the last
+// word on usage.
+//
+// A sandbox goes through these steps; those of one wave run side by side:
+//
+//	wave  step     do                                     undo
+//	0     cgroup   tenant nodes with their limits         remove the leaf
+//	0     link     netns, veth, addresses, link down      remove link and netns
+//	1     egress   load policy, attach, read back         detach, forget counters
+//	1     task     snapshot, container, held init         remove all of it
+//	2     start    verify egress, link up, Running to     kill, wait until the cgroup is
+//	               disk, let the command run              empty, link down, last usage sample
+//
+// Undo runs from the last step to the first and again until it works: a
+// sandbox is Stopped only when nothing of it is left and its usage is in the
+// spool. Every do and every undo may be repeated.
+//
+// What survives a crash of the agent: the sandboxes themselves, their
+// enforcement and their counters (all in the kernel and in containerd's
+// shims), the store's records and the meter's marks. Run adopts what it finds.
+// It destroys only what a record of ours says is ours and finished.
+//
+// Lock order: Supervisor.admission, then Supervisor.mu, then box.mu.
+// Supervisor.metering is taken alone or before box.mu; it is never held
+// while admission is wanted.
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/bulkheadhq/bulkhead/agent/admit"
+	"github.com/bulkheadhq/bulkhead/agent/meter"
+	"github.com/bulkheadhq/bulkhead/agent/place"
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
+	usagev1 "github.com/bulkheadhq/bulkhead/proto/usage/v1"
+	"github.com/bulkheadhq/bulkhead/runtime"
+	"github.com/bulkheadhq/bulkhead/tenant"
+)
+
+// ErrNotFound: no sandbox answers to that reference.
+var ErrNotFound = errors.New("no such sandbox")
+
+// ErrAmbiguous: several sandboxes answer to that reference.
+var ErrAmbiguous = errors.New("several sandboxes answer to it")
+
+// ErrNotStopped: it must be stopped first.
+var ErrNotStopped = errors.New("is not stopped")
+
+// ErrLeaving: the agent is on its way out and starts nothing.
+var ErrLeaving = errors.New("the agent is stopping")
+
+// Store keeps records and meter marks; agent/store is the real one.
+type Store interface {
+	Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, error)
+	Put(rec sandbox.Record) error
+	Load() ([]sandbox.Record, error)
+	Release(id string) error
+	Delete(id string) error
+	PutMarks(marks map[string]meter.Mark) error
+	Marks() (map[string]meter.Mark, error)
+}
+
+// Links makes and removes the network of a sandbox.
+type Links interface {
+	Create(ctx context.Context, id string, p sandbox.Plan) (ifindex int, err error)
+	Up(id string) error
+	Down(id string) error
+	Remove(id string) error
+	List() ([]string, error)
+}
+
+// Traffic is what a sandbox was allowed to send and receive, in L3 bytes.
+type Traffic struct{ EgressBytes, IngressBytes uint64 }
+
+// Enforcement is what the egress program must hold for one sandbox.
+type Enforcement struct {
+	ID      string
+	Plan    sandbox.Plan
+	Ifindex int
+	Program netpol.Program
+	Rev     uint64
+}
+
+// Egress attaches policy to a link and reads its counters.
+type Egress interface {
+	Attach(ctx context.Context, e Enforcement) error
+	SetPolicy(id string, slot uint32, p netpol.Program, rev uint64) error
+	Verify(id string, slot uint32, ifindex int) error
+	Traffic(slot uint32) (Traffic, error)
+	Detach(id string, slot uint32) error
+	List() ([]string, error)
+}
+
+// CgroupUsage is what the kernel says a sandbox has used; nil is unknown.
+type CgroupUsage struct{ CPUNs, MemoryUsed, OOMKills *uint64 }
+
+// Cgroups keeps the tenants' tree.
+type Cgroups interface {
+	Ensure(path string, q tenant.Quota) error
+	Usage(tenant, id string) (CgroupUsage, error) // fs.ErrNotExist once it is gone
+	Kill(tenant, id string) error
+	WaitEmpty(ctx context.Context, tenant, id string) error
+	Remove(tenant, id string) error
+	List() ([]string, error) // ids
+}
+
+// Launcher is what the supervisor needs of a container runtime.
+type Launcher interface {
+	Image(ctx context.Context, ref string) (runtime.Image, error)
+	Create(ctx context.Context, s runtime.Spec) (runtime.Task, error)
+	Find(ctx context.Context, id string) (runtime.Task, error)
+	Remove(ctx context.Context, id string) error
+	List(ctx context.Context) ([]string, error)
+}
+
+// Spool makes usage records durable.
+type Spool interface {
+	Append(ctx context.Context, recs []*usagev1.Record) error
+	Forget(sandbox string) error
+}
+
+// Config of a Supervisor. All fields are required unless they say otherwise.
+type Config struct {
+	Log          *slog.Logger
+	Place        place.Node
+	Defaults     sandbox.Limits // for limits that a Spec leaves at zero
+	Biggest      sandbox.Limits // what one sandbox can have at most
+	Capacity     tenant.Quota   // what all can have together
+	MaxSlot      uint32
+	LogMaxBytes  int64
+	LogFiles     int
+	ResolvConf   string // path; optional
+	Hosts        string // path; optional
+	Partial      bool   // cgroup limits may be left out
+	NotEnforced  []string
+	Interval     time.Duration // between usage samples
+	VerifyEvery  time.Duration // between checks that egress is enforced
+	Grace        time.Duration // default between TERM and KILL
+	BootID       string
+	Source       string        // of usage records
+	SpoolFull    func() string // not empty: why usage cannot be recorded
+	Tenants      *tenant.Set
+	Store        Store
+	Links        Links
+	Egress       Egress
+	Cgroups      Cgroups
+	Runtime      Launcher
+	Spool        Spool
+	RemoveLog    func(id string) error
+	BootTime     func() time.Duration     // CLOCK_BOOTTIME
+	Fault        func(point string) error // optional; tests break or kill here
+	LingerRemove time.Duration            // before an auto-remove sandbox is forgotten
+}
+
+// Supervisor of all sandboxes of a node.
+type Supervisor struct {
+	cfg     Config
+	tenants atomic.Pointer[tenant.Set]
+	leaving atomic.Bool
+
+	admission sync.Mutex // one decision at a time
+	metering  sync.Mutex // one usage batch at a time; guards marks and settled
+	marks     map[string]meter.Mark
+	settled   bool // every mark's pending records are in the spool
+
+	mu       sync.Mutex
+	boxes    map[string]*box // +checklocks:mu
+	subs     map[*Subscription]struct{}
+	warnings map[string]string
+	group    *errgroup.Group
+	runCtx   context.Context
+}
+
+// New makes a Supervisor from what the store knows. Nothing runs before Run.
+func New(cfg Config) (*Supervisor, error) {
+	s := &Supervisor{
+		cfg:      cfg,
+		boxes:    map[string]*box{},
+		subs:     map[*Subscription]struct{}{},
+		warnings: map[string]string{},
+	}
+	s.tenants.Store(cfg.Tenants)
+	recs, err := cfg.Store.Load()
+	if err != nil {
+		return nil, err
+	}
+	if s.marks, err = cfg.Store.Marks(); err != nil {
+		return nil, err
+	}
+	for _, rec := range recs {
+		s.boxes[rec.ID] = newBox(s, rec)
+	}
+	return s, nil
+}
+
+// Run adopts what was there before, meters and verifies until ctx ends, and
+// returns when every goroutine of a sandbox has let go of it. Sandboxes run on.
+// ready is closed when Create may be called.
+func (s *Supervisor) Run(ctx context.Context, ready chan<- struct{}) error {
+	group, ctx := errgroup.WithContext(ctx)
+	s.mu.Lock()
+	s.group, s.runCtx = group, ctx
+	var adopt []*box
+	for _, b := range s.boxes {
+		if b.record().State.Live() {
+			adopt = append(adopt, b)
+		}
+	}
+	s.mu.Unlock()
+	s.sweep(ctx)
+	for _, b := range adopt {
+		group.Go(func() error { b.run(ctx, b.adopt); return nil })
+	}
+	group.Go(func() error { s.meterLoop(ctx); return nil })
+	group.Go(func() error { s.verifyLoop(ctx); return nil })
+	close(ready)
+	<-ctx.Done()
+	s.leaving.Store(true)
+	return group.Wait()
+}
+
+// Create admits spec for whoever by names and starts its launch. The answer
+// comes when the decision is on disk; Launched waits for the rest. Errors:
+// *sandbox.SpecError, *admit.Denied, runtime.ErrImageNotFound, netpol errors,
+// the store's ErrNameTaken.
+func (s *Supervisor) Create(ctx context.Context, spec sandbox.Spec, by string) (sandbox.Record, error) {
+	if s.leaving.Load() {
+		return sandbox.Record{}, ErrLeaving
+	}
+	id := sandbox.NewID()
+	if spec.Name == "" {
+		spec.Name = "sb-" + id
+	}
+	if err := spec.Check(); err != nil {
+		return sandbox.Record{}, err
+	}
+	var err error
+	if spec.Limits, err = spec.Limits.Resolve(s.cfg.Defaults, s.cfg.Biggest); err != nil {
+		return sandbox.Record{}, err
+	}
+	set := s.tenants.Load()
+	claim := admit.Claim{Tenant: spec.Tenant, Limits: spec.Limits}
+	if d := admit.Decide(set, s.node(), s.claims(), claim); d != nil {
+		return sandbox.Record{}, d // refused before the image is looked up, and once more below
+	}
+	prog, err := compile(set, spec)
+	if err != nil {
+		return sandbox.Record{}, err
+	}
+	img, err := s.cfg.Runtime.Image(ctx, spec.Image)
+	if err != nil {
+		return sandbox.Record{}, err
+	}
+	rec := sandbox.Record{
+		ID: id, Spec: spec, State: sandbox.Admitted, CreatedBy: by, Created: time.Now().UTC(),
+		ImageDigest: img.Digest, PolicyRev: 1, PolicyDigest: prog.Digest, BootID: s.cfg.BootID, NotEnforced: s.cfg.NotEnforced,
+	}
+	rec.Log(rec.Created, "created", "by %s, image %s", by, img.Digest)
+	b, err := s.reserve(set, rec, claim)
+	if err != nil {
+		return sandbox.Record{}, err
+	}
+	b.program = prog
+	s.mu.Lock()
+	group, runCtx := s.group, s.runCtx
+	s.mu.Unlock()
+	group.Go(func() error { b.run(runCtx, b.launch); return nil })
+	return b.record(), nil
+}
+
+// reserve decides once more, now alone, and puts decision, reservation and
+// intent on disk in one transaction.
+func (s *Supervisor) reserve(set *tenant.Set, rec sandbox.Record, claim admit.Claim) (*box, error) {
+	s.admission.Lock()
+	defer s.admission.Unlock()
+	if d := admit.Decide(set, s.node(), s.claims(), claim); d != nil {
+		return nil, d
+	}
+	rec, err := s.cfg.Store.Reserve(rec, s.cfg.MaxSlot)
+	if err != nil {
+		return nil, err
+	}
+	b := newBox(s, rec)
+	s.mu.Lock()
+	s.boxes[rec.ID] = b
+	s.mu.Unlock()
+	s.publish(rec, false)
+	return b, nil
+}
+
+func (s *Supervisor) node() admit.Node {
+	n := admit.Node{Capacity: s.cfg.Capacity}
+	if s.cfg.SpoolFull != nil {
+		n.SpoolFull = s.cfg.SpoolFull()
+	}
+	return n
+}
+
+// claims answers what every live sandbox holds.
+func (s *Supervisor) claims() []admit.Claim {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	claims := make([]admit.Claim, 0, len(s.boxes))
+	for _, b := range s.boxes {
+		if rec := b.record(); rec.State.Live() {
+			claims = append(claims, admit.Claim{Tenant: rec.Spec.Tenant, Limits: rec.Spec.Limits})
+		}
+	}
+	return claims
+}
+
+// Launched returns when the command of a sandbox has started, or with the
+// record of how its launch failed.
+func (s *Supervisor) Launched(ctx context.Context, id string) (sandbox.Record, error) {
+	b, err := s.box(id)
+	if err != nil {
+		return sandbox.Record{}, err
+	}
+	select {
+	case <-b.launched:
+		return b.record(), nil
+	case <-ctx.Done():
+		return sandbox.Record{}, ctx.Err()
+	}
+}
+
+// Wait returns the record of a sandbox once it is Stopped.
+func (s *Supervisor) Wait(ctx context.Context, id string) (sandbox.Record, error) {
+	b, err := s.box(id)
+	if err != nil {
+		return sandbox.Record{}, err
+	}
+	release := b.hold()
+	defer release()
+	select {
+	case <-b.stopped:
+		return b.record(), nil
+	case <-ctx.Done():
+		return sandbox.Record{}, ctx.Err()
+	case <-s.runCtx.Done():
+		return sandbox.Record{}, ErrLeaving
+	}
+}
+
+// Hold keeps an auto-remove sandbox's record and log until release is called.
+func (s *Supervisor) Hold(id string) (release func(), err error) {
+	b, err := s.box(id)
+	if err != nil {
+		return nil, err
+	}
+	return b.hold(), nil
+}
+
+// Stop asks a sandbox to end and returns at once; the first request is the one
+// that its exit record names. It is no error if it has ended already.
+func (s *Supervisor) Stop(id string, req sandbox.StopRequest) error {
+	b, err := s.box(id)
+	if err != nil {
+		return err
+	}
+	if req.Grace == 0 {
+		req.Grace = s.cfg.Grace
+	}
+	req.Grace = max(req.Grace, 0)
+	req.At = time.Now().UTC()
+	return b.requestStop(req)
+}
+
+// Delete forgets a stopped sandbox, its log included.
+func (s *Supervisor) Delete(id string) error {
+	b, err := s.box(id)
+	if err != nil {
+		return err
+	}
+	rec := b.record()
+	if rec.State.Live() {
+		return fmt.Errorf("sandbox %s %w: it is %s", rec.Spec.Name, ErrNotStopped, rec.State)
+	}
+	if err := s.cfg.Store.Delete(id); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	delete(s.boxes, id)
+	s.mu.Unlock()
+	s.metering.Lock()
+	delete(s.marks, id)
+	s.metering.Unlock()
+	s.publish(rec, true)
+	return s.cfg.RemoveLog(id)
+}
+
+// Task answers the running task of a sandbox, for exec and attach.
+func (s *Supervisor) Task(id string) (runtime.Task, error) {
+	b, err := s.box(id)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.task == nil || b.rec.State != sandbox.Running {
+		return nil, fmt.Errorf("sandbox %s is %s: %w", b.rec.Spec.Name, b.rec.State, runtime.ErrNotRunning)
+	}
+	return b.task, nil
+}
+
+// PID answers the host's pid of a sandbox's command, 0 if there is none.
+func (s *Supervisor) PID(id string) uint32 {
+	t, err := s.Task(id)
+	if err != nil {
+		return 0
+	}
+	return t.PID()
+}
+
+// Program answers the policy in force for a sandbox.
+func (s *Supervisor) Program(id string) (netpol.Program, error) {
+	b, err := s.box(id)
+	if err != nil {
+		return netpol.Program{}, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.program, nil
+}
+
+// Tenants answers the tenants in force.
+func (s *Supervisor) Tenants() *tenant.Set { return s.tenants.Load() }
+
+// InUse answers what a tenant and all below it hold now.
+func (s *Supervisor) InUse(path tenant.Path) tenant.Quota { return admit.Sum(path, s.claims()) }
+
+// List answers every record, oldest first.
+func (s *Supervisor) List() []sandbox.Record {
+	s.mu.Lock()
+	recs := make([]sandbox.Record, 0, len(s.boxes))
+	for _, b := range s.boxes {
+		recs = append(recs, b.record())
+	}
+	s.mu.Unlock()
+	sort.Slice(recs, func(i, j int) bool {
+		if !recs[i].Created.Equal(recs[j].Created) {
+			return recs[i].Created.Before(recs[j].Created)
+		}
+		return recs[i].ID < recs[j].ID
+	})
+	return recs
+}
+
+// Find resolves a reference among the sandboxes that may says yes to: an id, a
+// prefix of an id of at least 4 characters, tenant:name, or a name. A name
+// prefers a live sandbox over stopped ones.
+func (s *Supervisor) Find(ref string, may func(tenant.Path) bool) (sandbox.Record, error) {
+	var hits []sandbox.Record
+	for _, rec := range s.List() {
+		if !may(rec.Spec.Tenant) {
+			continue
+		}
+		if rec.ID == ref || string(rec.Spec.Tenant)+":"+rec.Spec.Name == ref {
+			return rec, nil
+		}
+		if rec.Spec.Name == ref || len(ref) >= 4 && strings.HasPrefix(rec.ID, ref) {
+			hits = append(hits, rec)
+		}
+	}
+	switch len(hits) {
+	case 0:
+		return sandbox.Record{}, fmt.Errorf("%w: %q; see `bulkhead ls -a`", ErrNotFound, ref)
+	case 1:
+		return hits[0], nil
+	}
+	return sandbox.Record{}, fmt.Errorf("%q: %w: %s:%s and %s:%s; name the tenant too",
+		ref, ErrAmbiguous, hits[0].Spec.Tenant, hits[0].Spec.Name, hits[1].Spec.Tenant, hits[1].Spec.Name)
+}
+
+// Warnings answers what an operator should know, sorted.
+func (s *Supervisor) Warnings() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []string
+	for _, w := range s.warnings {
+		out = append(out, w)
+	}
+	sort.Strings(out)
+	return out
+}
+
+// warn sets or, with an empty text, clears a standing warning.
+func (s *Supervisor) warn(key, text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if text == "" {
+		delete(s.warnings, key)
+		return
+	}
+	s.warnings[key] = text
+}
+
+func (s *Supervisor) box(id string) (*box, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b, ok := s.boxes[id]
+	if !ok {
+		return nil, fmt.Errorf("%w: %s", ErrNotFound, id)
+	}
+	return b, nil
+}
+
+// fault is where tests break a step or kill the process.
+func (s *Supervisor) fault(point string) error {
+	if s.cfg.Fault == nil {
+		return nil
+	}
+	return s.cfg.Fault(point)
+}
+
+// compile makes the policy of a sandbox: its tenant's chain, then its own.
+func compile(set *tenant.Set, spec sandbox.Spec) (netpol.Program, error) {
+	var own *netpol.Policy
+	if spec.Policy != "" {
+		p, err := netpol.Parse("policy of "+spec.Name, []byte(spec.Policy))
+		if err != nil {
+			return netpol.Program{}, err
+		}
+		own = &p
+	}
+	return set.Compile(spec.Tenant, own)
+}

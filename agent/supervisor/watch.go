@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package supervisor
+
+import "github.com/bulkheadhq/bulkhead/agent/sandbox"
+
+// Change is one step in the life of a sandbox.
+type Change struct {
+	Record  sandbox.Record
+	Deleted bool
+}
+
+// Subscription receives changes. C is closed by the supervisor when the
+// subscriber falls behind by its depth, so that a slow reader holds up nobody
+// and knows that it missed something; Close ends it.
+type Subscription struct {
+	C      chan Change
+	s      *Supervisor
+	closed bool
+}
+
+// subscriptionDepth is enough for every sandbox of a node to change twice.
+const subscriptionDepth = 8192
+
+// Subscribe answers every record as it is now and a subscription to what
+// changes from here on.
+func (s *Supervisor) Subscribe() ([]sandbox.Record, *Subscription) {
+	sub := &Subscription{C: make(chan Change, subscriptionDepth), s: s}
+	s.mu.Lock()
+	s.subs[sub] = struct{}{}
+	s.mu.Unlock()
+	return s.List(), sub
+}
+
+// Close ends the subscription.
+func (sub *Subscription) Close() {
+	sub.s.mu.Lock()
+	defer sub.s.mu.Unlock()
+	sub.s.drop(sub)
+}
+
+func (s *Supervisor) drop(sub *Subscription) {
+	if !sub.closed {
+		sub.closed = true
+		close(sub.C)
+		delete(s.subs, sub)
+	}
+}
+
+func (s *Supervisor) publish(rec sandbox.Record, deleted bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for sub := range s.subs {
+		select {
+		case sub.C <- Change{Record: rec, Deleted: deleted}:
+		default:
+			s.drop(sub)
+		}
+	}
+}

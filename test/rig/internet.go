@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Addresses of the internet's hosts.
+var (
+	API4       = netip.MustParseAddr("203.0.113.10") // the API host
+	API6       = netip.MustParseAddr("2001:db8:113::10")
+	Forbidden4 = netip.MustParseAddr("198.51.100.7") // a host that nobody may reach
+	Forbidden6 = netip.MustParseAddr("2001:db8:51::7")
+	Metadata4  = netip.MustParseAddr("169.254.169.254")
+)
+
+type hostSpec struct {
+	name     string
+	addrs    []string // of the host
+	gateways []string // of our side of the link
+}
+
+// hosts of the internet. Our side of each link has the first address of its
+// network.
+var hosts = []hostSpec{
+	{"api", []string{"203.0.113.10/24", "2001:db8:113::10/64"}, []string{"203.0.113.1/24", "2001:db8:113::1/64"}},
+	{"far", []string{"198.51.100.7/24", "2001:db8:51::7/64"}, []string{"198.51.100.1/24", "2001:db8:51::1/64"}},
+	{"meta", []string{"169.254.169.254/30"}, []string{"169.254.169.253/30"}},
+}
+
+// hostLink names our side of a host's link.
+func hostLink(name string) string { return "btnet-" + name }
+
+// Internet is three hosts in network namespaces of this process.
+type Internet struct {
+	servers []io.Closer
+	links   []string
+	nets    []*os.File // namespaces, held open
+
+	// Received counts payload bytes that the API host's sink has read.
+	Received atomic.Int64
+	// Requests counts HTTP requests by host name.
+	mu       sync.Mutex
+	requests map[string]int
+	wg       sync.WaitGroup
+}
+
+// Requests answers how many HTTP requests and connections a host has seen.
+func (n *Internet) Requests(host string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.requests[host]
+}
+
+func (n *Internet) count(host string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.requests[host]++
+}
+
+// openInternet makes the hosts and starts their servers: HTTP on port 80 of
+// every host, a sink on port 5001 of api and far, a source on port 5002 of api
+// that sends as many bytes as it is asked for in one line.
+func openInternet() (*Internet, error) {
+	n := &Internet{requests: map[string]int{}}
+	for _, h := range hosts {
+		if err := n.addHost(h); err != nil {
+			return nil, errors.Join(fmt.Errorf("host %s: %w", h.name, err), n.Close())
+		}
+	}
+	return n, nil
+}
+
+func (n *Internet) addHost(h hostSpec) error {
+	ns, err := newNetns()
+	if err != nil {
+		return err
+	}
+	n.nets = append(n.nets, ns)
+	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: hostLink(h.name), MTU: 1500}, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
+	if err := netlink.LinkAdd(link); err != nil {
+		return fmt.Errorf("add link: %w", err)
+	}
+	n.links = append(n.links, hostLink(h.name))
+	if err := configure(nil, hostLink(h.name), h.gateways); err != nil {
+		return err
+	}
+	return inNetns(ns, func() error {
+		hn, err := netlink.NewHandle()
+		if err != nil {
+			return err
+		}
+		defer hn.Close()
+		if err := configure(hn, "lo", nil); err != nil {
+			return err
+		}
+		if err := configure(hn, "eth0", h.addrs); err != nil {
+			return err
+		}
+		eth, err := hn.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		for _, g := range h.gateways {
+			addr, _, err := net.ParseCIDR(g)
+			if err != nil {
+				return err
+			}
+			if err := hn.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: addr}); err != nil {
+				return fmt.Errorf("default route: %w", err)
+			}
+		}
+		return n.serve(h)
+	})
+}
+
+// configure gives a link its addresses and brings it up. A nil handle is this
+// namespace.
+func configure(h *netlink.Handle, name string, addrs []string) error {
+	if h == nil {
+		var err error
+		if h, err = netlink.NewHandle(); err != nil {
+			return err
+		}
+		defer h.Close()
+	}
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		addr, err := netlink.ParseAddr(a)
+		if err != nil {
+			return err
+		}
+		addr.Flags = unix.IFA_F_NODAD
+		if err := h.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("address %s: %w", a, err)
+		}
+	}
+	return h.LinkSetUp(link)
+}
+
+// serve starts the servers of a host; called inside its namespace, where the
+// sockets then stay.
+func (n *Internet) serve(h hostSpec) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, req *http.Request) {
+		n.count(h.name)
+		got, _ := io.Copy(io.Discard, http.MaxBytesReader(w, req.Body, 1<<30))
+		n.Received.Add(got)
+		fmt.Fprintf(w, "%s says hello, %d bytes received\n", h.name, got)
+	})
+	l, err := net.Listen("tcp", ":80")
+	if err != nil {
+		return err
+	}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	n.servers = append(n.servers, srv)
+	n.wg.Go(func() { _ = srv.Serve(l) }) // ends with Close
+	if h.name == "meta" {
+		return nil
+	}
+	if err := n.listen(h.name, ":5001", func(c net.Conn) {
+		buf := make([]byte, 256<<10)
+		for {
+			k, err := c.Read(buf)
+			n.Received.Add(int64(k))
+			if err != nil {
+				return
+			}
+		}
+	}); err != nil {
+		return err
+	}
+	return n.listen(h.name, ":5002", func(c net.Conn) {
+		var want int64
+		if _, err := fmt.Fscanln(c, &want); err == nil {
+			_, _ = io.CopyN(c, zeros{}, want)
+		}
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+func (n *Internet) listen(host, addr string, handle func(net.Conn)) error {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	n.servers = append(n.servers, l)
+	n.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			n.count(host)
+			n.wg.Go(func() {
+				defer c.Close()
+				_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
+				handle(c)
+			})
+		}
+	})
+	return nil
+}
+
+// Inside runs f in the namespace of a host, on a thread of its own.
+func (n *Internet) Inside(host string, f func() error) error {
+	for i, h := range hosts {
+		if h.name == host {
+			return inNetns(n.nets[i], f)
+		}
+	}
+	return fmt.Errorf("no host %s", host)
+}
+
+// Close ends the servers and removes the hosts.
+func (n *Internet) Close() error {
+	var errs []error
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	for _, s := range n.servers {
+		if srv, ok := s.(*http.Server); ok {
+			_ = srv.Shutdown(ctx)
+		}
+		_ = s.Close()
+	}
+	for _, l := range n.links {
+		errs = append(errs, removeLink(l))
+	}
+	for _, ns := range n.nets {
+		errs = append(errs, ns.Close())
+	}
+	n.wg.Wait()
+	return errors.Join(errs...)
+}
+
+func removeLink(name string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		var gone netlink.LinkNotFoundError
+		if errors.As(err, &gone) {
+			return nil
+		}
+		return err
+	}
+	return netlink.LinkDel(link)
+}
+
+// newNetns makes a namespace that lives as long as the file is open or
+// something is in it.
+func newNetns() (*os.File, error) {
+	var ns *os.File
+	err := onThread(func() (err error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make network namespace: %w", err)
+		}
+		ns, err = os.Open(filepath.Join("/proc/self/task", strconv.Itoa(unix.Gettid()), "ns/net"))
+		return err
+	})
+	return ns, err
+}
+
+func inNetns(ns *os.File, f func() error) error {
+	return onThread(func() error {
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		return f()
+	})
+}
+
+// onThread runs f on a thread that is thrown away, so that whatever namespace
+// it ended in is nobody else's.
+func onThread(f func() error) error {
+	errs := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		errs <- f()
+	}()
+	return <-errs
+}
