@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* All maps. Sizes marked (*) are set by user space before they are created. */
+#ifndef BH_MAPS_H
+#define BH_MAPS_H
+
+#include "abi.h"
+
+/* links: which slot a link belongs to.
+ * key:   ifindex of the host side, host byte order
+ * value: slot, host byte order
+ * User space adds before it attaches and deletes after it has detached.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(max_entries, 4096); /* (*) */
+} links SEC(".maps");
+
+/* slots: the sandboxes.
+ * key:   slot, host byte order; slot 0 is never used
+ * value: struct bh_slot
+ * Only user space writes, field by field through shared memory: ifindex last
+ * when a slot is taken and first when it is given up; policy by one store.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_slot);
+	__uint(max_entries, 4097); /* (*) */
+	__uint(map_flags, BPF_F_MMAPABLE);
+} slots SEC(".maps");
+
+/* policies: the policies, and spare empty ones.
+ * key:   index, host byte order; 0 stays empty
+ * value: a trie; its key is struct bh_lpm_key, its value struct bh_policy_entry
+ * A trie is filled before a slot points at it and never changes while one does.
+ * Only user space writes. It puts an empty trie over a used one and waits for
+ * the programs that may still read it before it uses the index again.
+ */
+struct policy_trie {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct bh_lpm_key);
+	__type(value, struct bh_policy_entry);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} policy_template SEC(".maps"); /* what user space makes new ones from; stays empty */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(key_size, sizeof(__u32));
+	__uint(max_entries, 8193); /* (*) */
+	__array(values, struct policy_trie);
+} policies SEC(".maps");
+
+/* policy_info: revision and digest of each policy.
+ * key:   index into policies
+ * value: struct bh_policy_info
+ * Only user space reads and writes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_policy_info);
+	__uint(max_entries, 8193); /* (*) */
+} policy_info SEC(".maps");
+
+/* hard_deny: special-use addresses, host addresses, host networks, sandbox pools.
+ * key:   struct bh_lpm_key
+ * value: enum bh_reason
+ * Only user space writes; when the set changes it adds before it deletes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct bh_lpm_key);
+	__type(value, enum bh_reason);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} hard_deny SEC(".maps");
+
+/* counters: what sandboxes were allowed to send and receive.
+ * key:   slot, host byte order
+ * value: per-CPU struct bh_counters
+ * Programs only add. User space sets to zero only when a slot goes to a new
+ * sandbox, before its ifindex is set.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_counters);
+	__uint(max_entries, 4097); /* (*) */
+} counters SEC(".maps");
+
+/* drops: what sandboxes were not allowed to send and receive, by reason.
+ * key:   slot, host byte order; slot 0 counts packets of unknown links
+ * value: struct bh_drops, one for all CPUs: a flood of drops may wait for
+ *        itself, and a machine with 512 CPUs need not pay for 512 copies
+ * Programs only add. User space sets to zero as for counters.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_drops);
+	__uint(max_entries, 4097); /* (*) */
+} drops SEC(".maps");
+
+/* rule_counters: pages of hit counters, one counter for each rule of each sandbox.
+ * key:   page, host byte order
+ * value: per-CPU array of BH_RULES_PER_PAGE struct bh_count
+ * Programs only add. User space adds pages as they are needed, gives out the
+ * counters, and sets one to zero before a policy names it.
+ */
+struct rule_page {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_count);
+	__uint(max_entries, BH_RULES_PER_PAGE);
+} rule_page_template SEC(".maps"); /* what user space makes new ones from; stays empty */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(key_size, sizeof(__u32));
+	__uint(max_entries, 256);
+	__array(values, struct rule_page);
+} rule_counters SEC(".maps");
+
+/* rule_names: who owns a hit counter.
+ * key:   index of the counter, host byte order
+ * value: struct bh_rule_name
+ * Only user space reads and writes; it deletes when the sandbox is gone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, struct bh_rule_name);
+	__uint(max_entries, 131072); /* (*) */
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} rule_names SEC(".maps");
+
+/* meta: what the pins beside it are.
+ * key:   0
+ * value: struct bh_meta
+ * Only user space reads and writes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_meta);
+	__uint(max_entries, 1);
+} meta SEC(".maps");
+
+#endif

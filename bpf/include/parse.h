@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The parsers. parse_strict reads what a sandbox sends and accepts only what
+ * it understands to the last byte: untagged Ethernet II, then IPv4 without
+ * options and fragments or IPv6 without extension headers, then TCP or UDP,
+ * with lengths that agree with each other and with the frame.
+ */
+#ifndef BH_PARSE_H
+#define BH_PARSE_H
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "abi.h"
+
+/* Fixed headers of the longest packet that a sandbox may send. */
+#define BH_PULL_STRICT (sizeof(struct ethhdr) + sizeof(struct ipv6hdr) + sizeof(struct tcphdr))
+/* The same of the longest that it may get: IPv4 options or an IPv6 jumbo header more. */
+#define BH_PULL_LENIENT (sizeof(struct ethhdr) + 60 + sizeof(struct tcphdr))
+
+#define BH_IP_DF 0x4000
+
+/* 128 bits in network byte order. IPv4 is ::ffff:a.b.c.d. */
+union bh_addr {
+	__u8 b[16];
+	__be32 w[4];
+	__be64 d[2];
+};
+
+struct bh_packet {
+	union bh_addr src, dst;
+	__u32 v6;
+	__u32 proto;
+	__u16 port; /* destination, host byte order */
+	__u16 hdrs; /* IP and L4 headers */
+	__u32 segments;
+	__u64 bytes; /* IP header and payload of all segments */
+};
+
+static __always_inline void addr_from4(union bh_addr *a, __be32 v4)
+{
+	a->d[0] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = v4;
+}
+
+static __always_inline void addr_from6(union bh_addr *a, const struct in6_addr *v6)
+{
+	a->w[0] = v6->in6_u.u6_addr32[0];
+	a->w[1] = v6->in6_u.u6_addr32[1];
+	a->w[2] = v6->in6_u.u6_addr32[2];
+	a->w[3] = v6->in6_u.u6_addr32[3];
+}
+
+/*
+ * Makes the first bytes readable, as many as there are up to want. False if
+ * that is not even an Ethernet header. What is read afterwards is the kernel's
+ * own copy: the sender cannot change it any more.
+ */
+static __always_inline int linear(struct __sk_buff *skb, __u32 want, void **data, void **end)
+{
+	*data = (void *)(long)skb->data;
+	*end = (void *)(long)skb->data_end;
+	if (*data + want > *end) {
+		if (bpf_skb_pull_data(skb, skb->len < want ? skb->len : want))
+			return 0;
+		*data = (void *)(long)skb->data;
+		*end = (void *)(long)skb->data_end;
+	}
+	return *data + sizeof(struct ethhdr) <= *end;
+}
+
+/*
+ * Bytes and segments as they leave the machine. skb->len is that of one large
+ * packet when segmentation is left to the device: each further segment brings
+ * its own copy of the headers. extra is what no segment carries.
+ */
+static __always_inline void measure(struct __sk_buff *skb, __u32 extra, struct bh_packet *p)
+{
+	__u32 l3 = skb->len - sizeof(struct ethhdr) - extra;
+	__u32 mss = skb->gso_size;
+
+	p->segments = 1;
+	p->bytes = l3;
+	if (mss && l3 > p->hdrs) {
+		p->segments = (l3 - p->hdrs + mss - 1) / mss;
+		p->bytes += (__u64)(p->segments - 1) * p->hdrs;
+	}
+}
+
+static __always_inline __u32 l4_strict(struct bh_packet *p, void *l4, void *end, __u32 l3_hdr, __u32 l4_len)
+{
+	if (p->proto == IPPROTO_TCP) {
+		struct tcphdr *tcp = l4;
+		__u32 doff;
+
+		if (l4_len < sizeof(*tcp))
+			return BH_BAD_LENGTH;
+		if ((void *)(tcp + 1) > end)
+			return BH_SHORT;
+		doff = tcp->doff * 4;
+		if (doff < sizeof(*tcp) || doff > l4_len)
+			return BH_BAD_LENGTH;
+		p->port = bpf_ntohs(tcp->dest);
+		p->hdrs = l3_hdr + doff;
+		return BH_ALLOWED;
+	}
+	if (p->proto == IPPROTO_UDP) {
+		struct udphdr *udp = l4;
+
+		if (l4_len < sizeof(*udp))
+			return BH_BAD_LENGTH;
+		if ((void *)(udp + 1) > end)
+			return BH_SHORT;
+		if (bpf_ntohs(udp->len) != l4_len)
+			return BH_BAD_LENGTH;
+		p->port = bpf_ntohs(udp->dest);
+		p->hdrs = l3_hdr + sizeof(*udp);
+		return BH_ALLOWED;
+	}
+	return BH_PROTOCOL;
+}
+
+static __always_inline __u32 ip4_strict(struct __sk_buff *skb, struct bh_packet *p, void *l3, void *end)
+{
+	struct iphdr *ip = l3;
+	__u32 len = skb->len - sizeof(struct ethhdr);
+
+	if ((void *)(ip + 1) > end)
+		return BH_SHORT;
+	if (ip->version != 4)
+		return BH_BAD_VERSION;
+	if (ip->ihl != 5)
+		return ip->ihl < 5 ? BH_BAD_LENGTH : BH_IP_OPTIONS;
+	if (bpf_ntohs(ip->tot_len) != len)
+		return BH_BAD_LENGTH;
+	if (ip->frag_off & ~bpf_htons(BH_IP_DF))
+		return BH_FRAGMENT;
+	if (ip->protocol == IPPROTO_ICMP)
+		return BH_ICMP;
+	addr_from4(&p->src, ip->saddr);
+	addr_from4(&p->dst, ip->daddr);
+	p->v6 = 0;
+	p->proto = ip->protocol;
+	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
+}
+
+/* Why IPv6 with this next header is dropped. */
+static __always_inline __u32 ip6_other(__u8 next, void *l4, void *end)
+{
+	__u8 *b = l4;
+	__u8 type;
+
+	switch (next) {
+	case IPPROTO_ICMPV6:
+		if ((void *)(b + 1) > end)
+			return BH_SHORT;
+		type = b[0];
+		break;
+	case IPPROTO_HOPOPTS:
+		/* Listener reports carry a router alert of 8 bytes. */
+		if ((void *)(b + 9) > end || b[0] != IPPROTO_ICMPV6 || b[1] != 0)
+			return BH_EXT_HEADER;
+		type = b[8];
+		if (type != 130 && type != 131 && type != 132 && type != 143)
+			return BH_EXT_HEADER;
+		return BH_NEIGHBOUR;
+	case IPPROTO_FRAGMENT:
+		return BH_FRAGMENT;
+	case IPPROTO_ROUTING:
+	case IPPROTO_ESP:
+	case IPPROTO_AH:
+	case IPPROTO_NONE:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_MH:
+	case 139: /* host identity */
+	case 140: /* shim6 */
+		return BH_EXT_HEADER;
+	default:
+		return BH_PROTOCOL;
+	}
+	if ((type >= 130 && type <= 137) || type == 143)
+		return BH_NEIGHBOUR;
+	return BH_ICMP6;
+}
+
+static __always_inline __u32 ip6_strict(struct __sk_buff *skb, struct bh_packet *p, void *l3, void *end)
+{
+	struct ipv6hdr *ip = l3;
+	__u32 len = skb->len - sizeof(struct ethhdr);
+
+	if ((void *)(ip + 1) > end)
+		return BH_SHORT;
+	if (ip->version != 6)
+		return BH_BAD_VERSION;
+	if (bpf_ntohs(ip->payload_len) + sizeof(*ip) != len)
+		return BH_BAD_LENGTH;
+	if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP)
+		return ip6_other(ip->nexthdr, ip + 1, end);
+	addr_from6(&p->src, &ip->saddr);
+	addr_from6(&p->dst, &ip->daddr);
+	p->v6 = 1;
+	p->proto = ip->nexthdr;
+	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
+}
+
+/*
+ * Reads a frame that the sandbox of slot s sent. Answers BH_ALLOWED if it is
+ * understood, and fills p but for bytes and segments.
+ */
+static __always_inline __u32 parse_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p)
+{
+	struct ethhdr *eth;
+	void *data, *end;
+
+	if (skb->vlan_present)
+		return BH_VLAN;
+	if (!linear(skb, BH_PULL_STRICT, &data, &end))
+		return BH_SHORT;
+	eth = data;
+	if (*(__u32 *)eth->h_source != *(__u32 *)s->mac ||
+	    *(__u16 *)(eth->h_source + 4) != *(__u16 *)(s->mac + 4))
+		return BH_SPOOF_MAC;
+	switch (eth->h_proto) {
+	case bpf_htons(ETH_P_IP):
+		return ip4_strict(skb, p, eth + 1, end);
+	case bpf_htons(ETH_P_IPV6):
+		return ip6_strict(skb, p, eth + 1, end);
+	case bpf_htons(ETH_P_ARP):
+	case bpf_htons(ETH_P_RARP):
+		return BH_ARP;
+	case bpf_htons(ETH_P_8021Q):
+	case bpf_htons(ETH_P_8021AD):
+	case bpf_htons(ETH_P_QINQ1):
+	case bpf_htons(ETH_P_QINQ2):
+	case bpf_htons(ETH_P_QINQ3):
+		return BH_VLAN;
+	}
+	return BH_ETHERTYPE;
+}
+
+/*
+ * Reads a frame on its way to the sandbox, which the host's stack has already
+ * accepted: addresses, and headers if it stands for several segments. Answers
+ * BH_ALLOWED if that was possible, and fills p but for the port.
+ */
+static __always_inline __u32 parse_lenient(struct __sk_buff *skb, struct bh_packet *p)
+{
+	__u32 l3_hdr, extra = 0;
+	struct ethhdr *eth;
+	void *data, *end, *l4;
+
+	if (skb->vlan_present)
+		return BH_IN_NOT_IP;
+	if (!linear(skb, BH_PULL_LENIENT, &data, &end))
+		return BH_IN_MALFORMED;
+	eth = data;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = (void *)(eth + 1);
+
+		if ((void *)(ip + 1) > end || ip->version != 4 || ip->ihl < 5)
+			return BH_IN_MALFORMED;
+		addr_from4(&p->src, ip->saddr);
+		addr_from4(&p->dst, ip->daddr);
+		p->v6 = 0;
+		p->proto = ip->protocol;
+		l3_hdr = ip->ihl * 4;
+	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = (void *)(eth + 1);
+
+		if ((void *)(ip + 1) > end || ip->version != 6)
+			return BH_IN_MALFORMED;
+		addr_from6(&p->src, &ip->saddr);
+		addr_from6(&p->dst, &ip->daddr);
+		p->v6 = 1;
+		p->proto = ip->nexthdr;
+		l3_hdr = sizeof(*ip);
+		/* More than 64 KiB: a jumbo header that no segment will carry. */
+		if (ip->payload_len == 0 && ip->nexthdr == IPPROTO_HOPOPTS && skb->gso_size) {
+			__u8 *next = (void *)(ip + 1);
+
+			if ((void *)(next + 1) > end)
+				return BH_IN_MALFORMED;
+			p->proto = *next;
+			extra = 8;
+		}
+	} else {
+		return BH_IN_NOT_IP;
+	}
+	if (!skb->gso_size)
+		return BH_ALLOWED;
+	l4 = (void *)(eth + 1) + l3_hdr + extra;
+	if (p->proto == IPPROTO_TCP && l4 + sizeof(struct tcphdr) <= end)
+		p->hdrs = l3_hdr + ((struct tcphdr *)l4)->doff * 4;
+	else if (p->proto == IPPROTO_UDP)
+		p->hdrs = l3_hdr + sizeof(struct udphdr);
+	else
+		return BH_IN_MALFORMED;
+	measure(skb, extra, p);
+	return BH_ALLOWED;
+}
+
+#endif

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package enforce
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/bulkheadhq/bulkhead/bpf"
+)
+
+// rulesPerPage is BH_RULES_PER_PAGE.
+const rulesPerPage = 4096
+
+// ruleKey names a rule of a sandbox. Its counter goes on for as long as the
+// sandbox has had a rule of this name, whatever policies come and go.
+type ruleKey struct{ tenant, name string }
+
+// ruleTable gives out hit counters.
+type ruleTable struct {
+	spec         *ebpf.MapSpec
+	pages, names *ebpf.Map
+
+	mu   sync.Mutex
+	page []*ebpf.Map // +checklocks:mu; open pages by number
+	free []uint32    // +checklocks:mu; below next, given back
+	next uint32      // +checklocks:mu; the first that was never given out
+	zero []bpf.DatapathBhCount
+}
+
+// load reads the names that an earlier process wrote, by slot.
+func (t *ruleTable) load() (map[uint32]map[ruleKey]uint32, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	t.zero = make([]bpf.DatapathBhCount, cpus)
+	for n := uint32(0); n < t.pages.MaxEntries(); n++ {
+		var page *ebpf.Map
+		err := t.pages.Lookup(n, &page)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			break
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open page %d of rule counters: %w", n, err)
+		}
+		t.page = append(t.page, page)
+	}
+
+	bySlot := map[uint32]map[ruleKey]uint32{}
+	used := map[uint32]bool{}
+	var index uint32
+	var name bpf.DatapathBhRuleName
+	it := t.names.Iterate()
+	for it.Next(&index, &name) {
+		if int(name.TenantLen)+int(name.NameLen) > len(name.Text) || int(index/rulesPerPage) >= len(t.page) {
+			return nil, fmt.Errorf("rule counter %d: name is damaged", index)
+		}
+		if bySlot[name.Slot] == nil {
+			bySlot[name.Slot] = map[ruleKey]uint32{}
+		}
+		tenant, rest := name.Text[:name.TenantLen], name.Text[name.TenantLen:]
+		bySlot[name.Slot][ruleKey{string(tenant), string(rest[:name.NameLen])}] = index
+		used[index] = true
+		t.next = max(t.next, index+1)
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read rule names: %w", err)
+	}
+	for i := uint32(0); i < t.next; i++ {
+		if !used[i] {
+			t.free = append(t.free, i)
+		}
+	}
+	return bySlot, nil
+}
+
+// add gives k a counter, at zero, and writes down whose it is.
+func (t *ruleTable) add(slot uint32, k ruleKey) (uint32, error) {
+	name := bpf.DatapathBhRuleName{Slot: slot, TenantLen: uint16(len(k.tenant)), NameLen: uint16(len(k.name))}
+	if len(k.tenant)+len(k.name) > len(name.Text) {
+		return 0, fmt.Errorf("rule %s of %s: name is too long", k.name, k.tenant)
+	}
+	copy(name.Text[copy(name.Text[:], k.tenant):], k.name)
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	index, err := t.alloc()
+	if err != nil {
+		return 0, fmt.Errorf("count rule %s of %s: %w", k.name, k.tenant, err)
+	}
+	err = t.page[index/rulesPerPage].Put(index%rulesPerPage, t.zero)
+	if err == nil {
+		err = t.names.Put(index, name)
+	}
+	if err != nil {
+		t.free = append(t.free, index)
+		return 0, fmt.Errorf("count rule %s of %s: %w", k.name, k.tenant, err)
+	}
+	return index, nil
+}
+
+// alloc answers a counter that nobody uses.
+//
+// +checklocks:t.mu
+func (t *ruleTable) alloc() (uint32, error) {
+	if n := len(t.free); n > 0 {
+		index := t.free[n-1]
+		t.free = t.free[:n-1]
+		return index, nil
+	}
+	if page := t.next / rulesPerPage; int(page) == len(t.page) {
+		m, err := ebpf.NewMap(t.spec)
+		if err != nil {
+			return 0, fmt.Errorf("create page %d of rule counters: %w", page, err)
+		}
+		if err := t.pages.Put(page, m); err != nil {
+			m.Close()
+			return 0, fmt.Errorf("add page %d of rule counters: %w", page, err)
+		}
+		t.page = append(t.page, m)
+	}
+	t.next++
+	return t.next - 1, nil
+}
+
+// release gives counters back. No program may still count there.
+func (t *ruleTable) release(rules map[ruleKey]uint32) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for k, index := range rules {
+		if err := t.names.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("forget rule %s of %s: %w", k.name, k.tenant, err))
+			continue
+		}
+		t.free = append(t.free, index)
+	}
+	return errors.Join(errs...)
+}
+
+// count reads a counter.
+func (t *ruleTable) count(index uint32) (packets, bytes uint64, err error) {
+	t.mu.Lock()
+	page := t.page[index/rulesPerPage]
+	t.mu.Unlock()
+	var perCPU []bpf.DatapathBhCount
+	if err := page.Lookup(index%rulesPerPage, &perCPU); err != nil {
+		return 0, 0, fmt.Errorf("read rule counter %d: %w", index, err)
+	}
+	for _, c := range perCPU {
+		packets += c.Packets
+		bytes += c.Bytes
+	}
+	return packets, bytes, nil
+}
+
+func (t *ruleTable) close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for _, m := range t.page {
+		errs = append(errs, m.Close())
+	}
+	t.page = nil
+	return errors.Join(errs...)
+}
