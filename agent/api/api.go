@@ -19,6 +19,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkheadhq/bulkhead/agent/admit"
@@ -73,6 +74,12 @@ func Serve(ctx context.Context, cfg Config, l net.Listener) error {
 		grpc.Creds(peerCred{}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(1024),
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+			return next(withoutMetadata(ctx), req)
+		}),
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+			return next(srv, bareStream{stream})
+		}),
 	)
 	nodev1.RegisterNodeServer(srv, &Server{cfg: cfg})
 	stop := context.AfterFunc(ctx, func() {
@@ -86,6 +93,17 @@ func Serve(ctx context.Context, cfg Config, l net.Listener) error {
 	}
 	return nil
 }
+
+// withoutMetadata drops what the caller put into the headers. The context
+// travels on to the containerd client, which would read a namespace or a lease
+// out of them.
+func withoutMetadata(ctx context.Context) context.Context {
+	return metadata.NewIncomingContext(ctx, nil)
+}
+
+type bareStream struct{ grpc.ServerStream }
+
+func (s bareStream) Context() context.Context { return withoutMetadata(s.ServerStream.Context()) }
 
 // failure turns an error into a gRPC status, in one place.
 func failure(err error) error {

@@ -31,36 +31,37 @@ import (
 //go:embed bulkhead-agent.toml
 var Sample []byte
 
-// Size is a number of bytes, written with a unit: "64MiB".
-type Size int64
+// Size is a number of bytes, written with a unit: "64MiB". It and the other
+// quantities are structs so that a bare number in the file is refused.
+type Size struct{ Bytes int64 }
 
 // UnmarshalText reads a size with its unit.
 func (s *Size) UnmarshalText(text []byte) error {
 	n, err := tenant.ParseSize(string(text))
-	*s = Size(n)
-	return err
+	s.Bytes = n
+	return valueErr("Size", text, err)
 }
 
 // CPU is a number of thousandths of a core, written "0.5" or "500m".
-type CPU int64
+type CPU struct{ Millis int64 }
 
 // UnmarshalText reads a number of cores.
 func (c *CPU) UnmarshalText(text []byte) error {
 	n, err := tenant.ParseCPU(string(text))
-	*c = CPU(n)
-	return err
+	c.Millis = n
+	return valueErr("CPU", text, err)
 }
 
 // Duration is a time span with its unit: "30s".
-type Duration time.Duration
+type Duration struct{ time.Duration }
 
 // UnmarshalText reads a duration with its unit.
 func (d *Duration) UnmarshalText(text []byte) error {
 	v, err := time.ParseDuration(string(text))
 	if err != nil {
-		return fmt.Errorf("%q is not a duration such as \"30s\"", text)
+		return valueErr("Duration", text, fmt.Errorf("%q is not a duration such as \"30s\"", text))
 	}
-	*d = Duration(v)
+	d.Duration = v
 	return nil
 }
 
@@ -143,20 +144,19 @@ func Default() Config {
 	c.Network.LinkPrefix = "bh"
 	c.Network.NFTable = "bulkhead"
 	c.Egress.PinDir = "/sys/fs/bpf/bulkhead"
-	c.Egress.VerifyEvery = Duration(10 * time.Second)
+	c.Egress.VerifyEvery = Duration{10 * time.Second}
 	c.Sandbox.Max = 1024
-	c.Sandbox.DefaultCPU = 1000
-	c.Sandbox.DefaultMemory = 512 << 20
+	c.Sandbox.DefaultCPU = CPU{1000}
+	c.Sandbox.DefaultMemory = Size{512 << 20}
 	c.Sandbox.DefaultPIDs = 256
-	c.Sandbox.StopGrace = Duration(10 * time.Second)
-	c.Sandbox.LogMaxSize = 10 << 20
+	c.Sandbox.StopGrace = Duration{10 * time.Second}
+	c.Sandbox.LogMaxSize = Size{10 << 20}
 	c.Sandbox.LogFiles = 5
-	c.Node.ReserveCPU = 0
-	c.Node.ReserveMemory = 1 << 30
+	c.Node.ReserveMemory = Size{1 << 30}
 	c.Node.CPUOvercommit = 1
 	c.Node.MaxSandboxPIDs = 4096
-	c.Usage.Interval = Duration(10 * time.Second)
-	c.Usage.SpoolLimit = 1 << 30
+	c.Usage.Interval = Duration{10 * time.Second}
+	c.Usage.SpoolLimit = Size{1 << 30}
 	return c
 }
 
@@ -175,7 +175,7 @@ func Parse(file string, data []byte) (Config, error) {
 	c := Default()
 	dec := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields()
 	if err := dec.Decode(&c); err != nil {
-		return Config{}, locate(file, err)
+		return Config{}, locate(file, data, err)
 	}
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("%s: %w", file, err)
@@ -183,13 +183,57 @@ func Parse(file string, data []byte) (Config, error) {
 	return c, nil
 }
 
-func locate(file string, err error) error {
+// valueError is a quantity that cannot be read. The decoder says nothing of
+// where it stands, so locate looks for it.
+type valueError struct {
+	kind, text string
+	err        error
+}
+
+func valueErr(kind string, text []byte, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &valueError{kind: kind, text: string(text), err: err}
+}
+
+func (e *valueError) Error() string { return e.err.Error() }
+
+// line finds the first key of the value's kind that has the value's text.
+func (e *valueError) line(data []byte) (n int, key string) {
+	kinds := map[string]string{}
+	collect(reflect.TypeFor[Config](), "", func(key string, t reflect.Type) { kinds[key] = t.Name() })
+	section := ""
+	for line := range strings.Lines(string(data)) {
+		n++
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "[") {
+			section = strings.Trim(line, "[] ") + "."
+			continue
+		}
+		k, v, ok := strings.Cut(line, "=")
+		k = section + strings.TrimSpace(k)
+		if ok && kinds[k] == e.kind && strings.Contains(v, e.text) {
+			return n, k
+		}
+	}
+	return 0, ""
+}
+
+// locate adds file, line and, for an unknown key, the nearest name.
+func locate(file string, data []byte, err error) error {
+	var value *valueError
+	if errors.As(err, &value) {
+		if n, key := value.line(data); n > 0 {
+			return fmt.Errorf("%s:%d: %s: %w", file, n, key, value.err)
+		}
+	}
 	var strict *toml.StrictMissingError
 	if errors.As(err, &strict) && len(strict.Errors) > 0 {
 		e := strict.Errors[0]
 		row, _ := e.Position()
 		key := strings.Join(e.Key(), ".")
-		return fmt.Errorf("%s:%d: unknown key %q; did you mean %q?", file, row, key, nearest(key, keys(reflect.TypeFor[Config](), "")))
+		return fmt.Errorf("%s:%d: unknown key %q; did you mean %q?", file, row, key, nearest(key, keys()))
 	}
 	var dec *toml.DecodeError
 	if errors.As(err, &dec) {
@@ -199,16 +243,20 @@ func locate(file string, err error) error {
 	return fmt.Errorf("%s: %w", file, err)
 }
 
-// keys answers every key of the file, dotted.
-func keys(t reflect.Type, prefix string) []string {
-	var out []string
-	for f := range t.Fields() {
-		name := prefix + f.Tag.Get("toml")
-		out = append(out, name)
-		if f.Type.Kind() == reflect.Struct && f.Type.Name() == "" {
-			out = append(out, keys(f.Type, name+".")...)
+// collect calls f for every key of the file, dotted, sections included.
+func collect(t reflect.Type, prefix string, f func(key string, t reflect.Type)) {
+	for field := range t.Fields() {
+		name := prefix + field.Tag.Get("toml")
+		f(name, field.Type)
+		if field.Type.Kind() == reflect.Struct && field.Type.Name() == "" {
+			collect(field.Type, name+".", f)
 		}
 	}
+}
+
+func keys() []string {
+	var out []string
+	collect(reflect.TypeFor[Config](), "", func(key string, _ reflect.Type) { out = append(out, key) })
 	return out
 }
 
@@ -249,17 +297,17 @@ func (c *Config) check() error {
 		{"network.mtu", int64(c.Network.MTU), 1280, 65535},
 		{"sandbox.max", int64(c.Sandbox.Max), 1, min(4095, int64(1)<<(32-c.Network.Pool4.Bits())-2)},
 		{"sandbox.default_pids", c.Sandbox.DefaultPIDs, 1, 1 << 22},
-		{"sandbox.default_memory", int64(c.Sandbox.DefaultMemory), 4 << 20, 1 << 50},
-		{"sandbox.default_cpus", int64(c.Sandbox.DefaultCPU), 10, 1 << 20},
-		{"sandbox.log_max_size", int64(c.Sandbox.LogMaxSize), 4 << 10, 1 << 40},
+		{"sandbox.default_memory", c.Sandbox.DefaultMemory.Bytes, 4 << 20, 1 << 50},
+		{"sandbox.default_cpus", c.Sandbox.DefaultCPU.Millis, 10, 1 << 20},
+		{"sandbox.log_max_size", c.Sandbox.LogMaxSize.Bytes, 4 << 10, 1 << 40},
 		{"sandbox.log_files", int64(c.Sandbox.LogFiles), 1, 100},
 		{"node.max_pids", c.Node.MaxSandboxPIDs, 1, 1 << 22},
-		{"node.reserve_memory", int64(c.Node.ReserveMemory), 0, 1 << 50},
-		{"node.reserve_cpus", int64(c.Node.ReserveCPU), 0, 1 << 20},
-		{"usage.spool_limit", int64(c.Usage.SpoolLimit), 1 << 20, 1 << 50},
-		{"usage.interval in ms", time.Duration(c.Usage.Interval).Milliseconds(), 100, time.Hour.Milliseconds()},
-		{"egress.verify_every in ms", time.Duration(c.Egress.VerifyEvery).Milliseconds(), 100, time.Hour.Milliseconds()},
-		{"sandbox.stop_grace in ms", time.Duration(c.Sandbox.StopGrace).Milliseconds(), 0, time.Hour.Milliseconds()},
+		{"node.reserve_memory", c.Node.ReserveMemory.Bytes, 0, 1 << 50},
+		{"node.reserve_cpus", c.Node.ReserveCPU.Millis, 0, 1 << 20},
+		{"usage.spool_limit", c.Usage.SpoolLimit.Bytes, 1 << 20, 1 << 50},
+		{"usage.interval in ms", c.Usage.Interval.Milliseconds(), 100, time.Hour.Milliseconds()},
+		{"egress.verify_every in ms", c.Egress.VerifyEvery.Milliseconds(), 100, time.Hour.Milliseconds()},
+		{"sandbox.stop_grace in ms", c.Sandbox.StopGrace.Milliseconds(), 0, time.Hour.Milliseconds()},
 	} {
 		if n.v < n.min || n.v > n.max {
 			return fmt.Errorf("%s = %d is not between %d and %d", n.key, n.v, n.min, n.max)

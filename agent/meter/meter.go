@@ -11,13 +11,20 @@
 //
 // Rules:
 //   - Durations are CLOCK_BOOTTIME's. The wall clock only labels: intervals of
-//     a meter follow each other without gap or overlap, whatever the clock does.
-//     A clock that is set forward makes one interval that is longer on the wall
-//     than by mono_ns; one that is set back is ignored until it has caught up.
+//     a meter follow each other without gap or overlap. A clock that is set
+//     forward makes one interval that is longer on the wall than by mono_ns; one
+//     that is set back is ignored until it has caught up.
+//   - Unless it was set by more than a day: then one of the two times was plainly
+//     wrong. The open interval ends by CLOCK_BOOTTIME and the next one begins
+//     where the clock is now, so that the mistake labels no more than it must. A
+//     clock before 1970 or after 2200 is not believed at all.
 //   - Intervals are split at midnight UTC, quantities in proportion, sums exact.
 //   - A counter that cannot be read makes no record: the next reading covers the
-//     time. A gauge that cannot be read makes a record of quality gap, and so
-//     does a counter that went back. Unknown is never zero.
+//     time. One that went back makes a record of quality gap and goes on from
+//     there.
+//   - A gauge counts the mean of its readings at both ends of the interval. With
+//     one of them it is that one's, quality estimated; with neither, a gap.
+//     Unknown is never zero.
 //   - A counter that did not move makes no record before midnight or the end.
 //   - After a reboot every meter is closed where its last record ended, with
 //     quality reconstructed and nothing added: what came after is not known.
@@ -223,10 +230,7 @@ func (b *builder) step(s Sample, flush, final bool) error {
 		return err
 	}
 	start := b.st.Wall
-	end := start.Add(mono)
-	if s.Wall.After(end.Add(time.Second)) {
-		end = s.Wall.UTC() // the clock was set forward
-	}
+	end, resume := interval(start, mono, s.Wall)
 	crosses := !end.Before(midnightAfter(start))
 	if b.sp.kind == counter && delta == 0 && quality == usagev1.Quality_QUALITY_MEASURED && !flush && !crosses {
 		return nil
@@ -234,11 +238,31 @@ func (b *builder) step(s Sample, flush, final bool) error {
 	if err := b.split(piece{start: start, end: end, mono: mono, delta: delta, quality: quality}); err != nil {
 		return err
 	}
-	b.st.Carry, b.st.Wall, b.st.Boot = carry, end, s.Boot
+	b.st.Carry, b.st.Wall, b.st.Boot = carry, resume, s.Boot
 	if value != nil || b.sp.kind == gauge {
 		b.st.Value = value
 	}
 	return nil
+}
+
+// maxStep is how far the wall clock may be off before one of the two times is
+// taken for wrong.
+const maxStep = 24 * time.Hour
+
+// interval answers where an interval of mono from start on ends, now that the
+// wall clock says wall, and where the next one begins.
+func interval(start time.Time, mono time.Duration, wall time.Time) (end, resume time.Time) {
+	end = start.Add(mono)
+	step := wall.Sub(end)
+	switch year := wall.UTC().Year(); {
+	case year < 1970 || year > 2200:
+		return end, end
+	case step > maxStep || step < -maxStep:
+		return end, wall.UTC()
+	case step > time.Second:
+		return wall.UTC(), wall.UTC() // set forward
+	}
+	return end, end
 }
 
 // quantity answers what was used since the last record.
@@ -254,18 +278,19 @@ func (b *builder) quantity(value *uint64, mono time.Duration) (delta, carry uint
 		if value == nil && last == nil {
 			return 0, b.st.Carry, usagev1.Quality_QUALITY_GAP, nil
 		}
+		quality := usagev1.Quality_QUALITY_MEASURED
 		if last == nil {
-			last = value
+			last, quality = value, usagev1.Quality_QUALITY_ESTIMATED
 		}
 		if value == nil {
-			value = last
+			value, quality = last, usagev1.Quality_QUALITY_ESTIMATED
 		}
 		sum, over := bits.Add64(*last, *value, 0)
 		if over != 0 {
 			return 0, 0, 0, errors.New("a gauge is beyond 2^63 bytes")
 		}
 		delta, carry, err = scale(sum, uint64(mono), b.st.Carry, b.sp.divisor)
-		return delta, carry, usagev1.Quality_QUALITY_MEASURED, err
+		return delta, carry, quality, err
 	case reserved:
 		delta, carry, err = scale(*value, uint64(mono), b.st.Carry, b.sp.divisor)
 		return delta, carry, usagev1.Quality_QUALITY_ALLOCATED, err

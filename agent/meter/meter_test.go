@@ -82,8 +82,13 @@ func TestSplitAtMidnight(t *testing.T) {
 }
 
 func TestClockSteps(t *testing.T) {
-	for _, step := range []time.Duration{time.Hour, -time.Hour, -50 * 365 * 24 * time.Hour} {
+	const year = 365 * 24 * time.Hour
+	for _, step := range []time.Duration{time.Hour, -time.Hour, 23 * time.Hour, 50 * year, -50 * year, 250 * year, -100 * year} {
 		m := begin()
+		breaks, wantBreaks := 0, 0
+		if step == 50*year || step == -50*year {
+			wantBreaks = 1
+		}
 		var mono time.Duration
 		var lastEnd int64
 		for i := 1; i <= 20; i++ {
@@ -99,7 +104,10 @@ func TestClockSteps(t *testing.T) {
 				}
 				mono += time.Duration(r.MonoNs)
 				if lastEnd != 0 && r.StartNs != lastEnd {
-					t.Errorf("step %s: interval begins at %d, the last one ended at %d", step, r.StartNs, lastEnd)
+					breaks++
+				}
+				if i > 7 && wantBreaks > 0 && r.EndNs != s.Wall.UnixNano() {
+					t.Errorf("step %s: interval ends at %d, the clock says %d", step, r.EndNs, s.Wall.UnixNano())
 				}
 				if r.EndNs < r.StartNs {
 					t.Errorf("step %s: interval of negative length", step)
@@ -109,6 +117,9 @@ func TestClockSteps(t *testing.T) {
 		}
 		if mono != 200*time.Second || m.Meters[usagev1.MeterWall].Total != 200_000 {
 			t.Errorf("step %s: metered %s and %d ms, want 200 s", step, mono, m.Meters[usagev1.MeterWall].Total)
+		}
+		if breaks != wantBreaks {
+			t.Errorf("step %s: %d breaks between intervals, want %d", step, breaks, wantBreaks)
 		}
 	}
 }
@@ -139,6 +150,39 @@ func s2(d time.Duration, mem *uint64) Sample {
 	s := at(d)
 	s.MemoryUsed, s.EgressBytes = mem, nil
 	return s
+}
+
+// With one reading of two a gauge is an estimate, and says so.
+func TestGaugeQuality(t *testing.T) {
+	quality := func(recs []*usagev1.Record) usagev1.Quality {
+		for _, r := range recs {
+			if r.Meter == usagev1.MeterMemUsed {
+				return r.Quality
+			}
+		}
+		return usagev1.Quality_QUALITY_UNSPECIFIED
+	}
+	m := begin()
+	for i, tc := range []struct {
+		mem  *uint64
+		want usagev1.Quality
+	}{
+		{u(1 << 20), usagev1.Quality_QUALITY_ESTIMATED}, // nothing was read at the start
+		{u(2 << 20), usagev1.Quality_QUALITY_MEASURED},
+		{nil, usagev1.Quality_QUALITY_ESTIMATED},
+		{nil, usagev1.Quality_QUALITY_GAP},
+		{u(2 << 20), usagev1.Quality_QUALITY_ESTIMATED},
+		{u(2 << 20), usagev1.Quality_QUALITY_MEASURED},
+	} {
+		var recs []*usagev1.Record
+		recs, m = advance(t, m, s2(time.Duration(i+1)*time.Second, tc.mem), false, false)
+		if got := quality(recs); got != tc.want {
+			t.Errorf("reading %d: got %s, want %s", i, got, tc.want)
+		}
+	}
+	if got, want := m.Meters[usagev1.MeterMemUsed].Total, uint64(1000+1500+2000+2000+2000); got != want {
+		t.Errorf("got %d MiB ms, want %d", got, want)
+	}
 }
 
 func TestCounterGoesBack(t *testing.T) {
@@ -268,8 +312,7 @@ func FuzzAdvance(f *testing.F) {
 	f.Add(int64(time.Second), int64(time.Second), uint64(5), uint64(1<<30), false)
 	f.Add(int64(-1), int64(1<<62), uint64(1)<<63, ^uint64(0), true)
 	f.Fuzz(func(t *testing.T, mono, wall int64, count, mem uint64, final bool) {
-		wall %= int64(10 * 24 * time.Hour) // bounds the number of midnights
-		mono %= int64(10 * 24 * time.Hour)
+		mono %= int64(10 * 24 * time.Hour) // bounds the number of midnights, whatever the wall clock says
 		m := begin()
 		s := Sample{Wall: start.Add(time.Duration(wall)), Boot: time.Hour + time.Duration(mono), BootID: boot1,
 			CPUNs: &count, EgressBytes: &count, IngressBytes: &count, MemoryUsed: &mem, MemoryReserved: mem}
@@ -277,7 +320,13 @@ func FuzzAdvance(f *testing.F) {
 		if err != nil {
 			return
 		}
+		if len(recs) > 12*len(specs) {
+			t.Fatalf("%d records", len(recs))
+		}
 		for _, r := range recs {
+			if err := usagev1.Validate(r); err != nil {
+				t.Fatal(err)
+			}
 			if r.EndNs < r.StartNs || r.MonoNs < 0 {
 				t.Fatalf("interval of negative length: %v", r)
 			}

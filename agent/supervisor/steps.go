@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -351,7 +352,7 @@ func (b *box) runtimeSpec() runtime.Spec {
 		Workdir:     rec.Spec.Workdir,
 		User:        rec.Spec.User,
 		Hostname:    hostname(rec.Spec.Name),
-		CgroupPath:  rec.Plan.CgroupPath,
+		CgroupPath:  strings.TrimPrefix(rec.Plan.CgroupPath, "/"),
 		NetnsPath:   rec.Plan.NetnsPath,
 		CPUMillis:   rec.Spec.Limits.CPUMillis,
 		MemoryBytes: rec.Spec.Limits.MemoryBytes,
