@@ -153,8 +153,8 @@ type record struct {
 		} `json:"exit"`
 	} `json:"sandbox"`
 	Network struct {
-		EgressBytes  string `json:"egressBytes"`
-		IngressBytes string `json:"ingressBytes"`
+		EgressBytes  string `json:"egress_bytes"`
+		IngressBytes string `json:"ingress_bytes"`
 	} `json:"network"`
 	Events []struct {
 		Kind    string `json:"kind"`
@@ -333,7 +333,7 @@ print("burned %.2f CPU seconds in 3 s" % (t.user + t.system))
 	_, err := fmt.Sscanf(out, "burned %f", &used)
 	d.check("burning CPU against a limit of 0.2 cores gets no more than that", code == 0 && err == nil && used < 0.95, out)
 
-	out, code = d.show("run", "--name", "greedy", "--tenant", "globex", "--memory", "64MiB", python,
+	out, code = d.show("run", "--name", "greedy", "--tenant", "globex", "--cpus", "0.25", "--memory", "64MiB", python,
 		"python3", "-c", "data = []\nwhile True: data.append(bytearray(1 << 20))")
 	rec, err := d.get("greedy")
 	if err != nil {

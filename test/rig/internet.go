@@ -46,7 +46,7 @@ var hosts = []hostSpec{
 }
 
 // hostLink names our side of a host's link.
-func hostLink(name string) string { return "btnet-" + name }
+func hostLink(name string) string { return "inet-bt-" + name }
 
 // Internet is three hosts in network namespaces of this process.
 type Internet struct {

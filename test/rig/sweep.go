@@ -61,7 +61,7 @@ func Leftovers() ([]string, error) {
 }
 
 func isOurs(link string) bool {
-	return strings.HasPrefix(link, "btnet-") || strings.HasPrefix(link, LinkPrefix) && len(link) == len(LinkPrefix)+12
+	return strings.HasPrefix(link, "inet-bt-") || strings.HasPrefix(link, LinkPrefix) && len(link) == len(LinkPrefix)+12
 }
 
 // sweep removes whatever a rig has left. The caller holds the lock, so no

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import "time"
+
+// mode says what is PID 1 in the guest.
+type mode string
+
+const (
+	plain   mode = "plain"   // a reaper that runs the steps
+	systemd mode = "systemd" // the host's systemd; the steps run as a unit
+)
+
+// suite is one boot.
+type suite struct {
+	name  string
+	about string
+	mode  mode
+	all   bool // part of `vm all`
+	steps []step
+	limit time.Duration // of the whole boot
+}
+
+// step is one program. Steps run in order and all of them run.
+type step struct {
+	pkg   string   // package below the repository, "./cgroups"
+	test  bool     // its tests, else the command itself
+	args  []string // of the program; of a test "-test.run=..." and the like
+	limit time.Duration
+}
+
+// suites is the registry. Emulation is ten to twenty times slower than the
+// host: list the tests that need the guest, not all that exist. The limits of
+// the suites that `all` runs must stay below 12 minutes together.
+var suites = []suite{
+	{
+		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 5 * time.Minute,
+		steps: []step{
+			{pkg: "./test/containerdtest", test: true, limit: 2 * time.Minute},
+		},
+	},
+	{
+		name: "systemd", about: "the agent as a systemd unit", mode: systemd, all: true, limit: 5 * time.Minute,
+		steps: []step{
+			{pkg: "./test/vm/systemd", test: true, limit: 2 * time.Minute},
+		},
+	},
+	{
+		name: "demo", about: "the demo on a unified hierarchy", mode: plain, limit: 10 * time.Minute,
+		steps: []step{
+			{pkg: "./test/demo", limit: 9 * time.Minute},
+		},
+	},
+}
