@@ -299,12 +299,12 @@ func (n *node) spoolFull() string {
 }
 
 // reload reads the tenants directory again and puts it in force.
-func (n *node) reload() (tenants, updated int, err error) {
+func (n *node) reload(ctx context.Context) (tenants, updated int, err error) {
 	set, err := tenant.Load(n.cfg.TenantsDir)
 	if err != nil {
 		return 0, 0, err
 	}
-	updated, err = n.sup.Reload(set)
+	updated, err = n.sup.Reload(ctx, set)
 	return len(set.All()), updated, err
 }
 
@@ -315,7 +315,7 @@ func (n *node) reloadOnHup(ctx context.Context) {
 	for {
 		select {
 		case <-hup:
-			tenants, updated, err := n.reload()
+			tenants, updated, err := n.reload(ctx)
 			if err != nil {
 				n.opts.Log.Error("reload refused; nothing changed", "err", err)
 				continue

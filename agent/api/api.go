@@ -55,7 +55,7 @@ type Config struct {
 	NodeID    string
 	LogDir    func(id string) string
 	NodeInfo  func(ctx context.Context) (*nodev1.NodeInfoResponse, error)
-	Reload    func() (tenants, updated int, err error)
+	Reload    func(ctx context.Context) (tenants, updated int, err error)
 	Usage     func() map[string]meter.Mark
 }
 

@@ -176,7 +176,7 @@ func (s *Server) Reload(ctx context.Context, _ *nodev1.ReloadRequest) (*nodev1.R
 	if err := operator(ctx, "reload the tenants"); err != nil {
 		return nil, err
 	}
-	tenants, updated, err := s.cfg.Reload()
+	tenants, updated, err := s.cfg.Reload(ctx)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, "nothing changed: "+strings.ToValidUTF8(err.Error(), "?"))
 	}

@@ -16,7 +16,7 @@ import (
 // Reload puts another set of tenants in force: limits of the tenants' cgroups
 // and the policies of running sandboxes. All or nothing: if any of it is
 // refused, what was changed is put back and the old set stays.
-func (s *Supervisor) Reload(set *tenant.Set) (updated int, err error) {
+func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, err error) {
 	s.admission.Lock()
 	defer s.admission.Unlock()
 	old := s.tenants.Load()
@@ -45,6 +45,13 @@ func (s *Supervisor) Reload(set *tenant.Set) (updated int, err error) {
 		}
 		if to.Digest != rec.PolicyDigest {
 			changes = append(changes, change{b: b, to: to})
+		}
+	}
+	if len(changes) > 0 {
+		// Usage up to here belongs to the old revision. If the disk refuses, the
+		// next record covers both; that is no reason to keep an old policy.
+		if err := s.MeterNow(ctx, true); err != nil {
+			s.cfg.Log.Warn("close usage intervals before a change of policy", "err", err)
 		}
 	}
 	for i := range changes {
