@@ -37,7 +37,7 @@ generate: ## regenerate BPF objects and protobuf code
 .PHONY: lint
 lint: ## golangci-lint, gofmt included
 	@test/setup.sh lint
-	$(BIN)/golangci-lint run
+	$(BIN)/golangci-lint run --allow-parallel-runners
 
 .PHONY: test
 test: setup setup-vm build ## everything: vet, unit, node and vm tiers (root)

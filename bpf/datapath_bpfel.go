@@ -28,6 +28,11 @@ type DatapathBhCounters struct {
 	Reserved        [4]uint64
 }
 
+type DatapathBhDenyFilter struct {
+	_    structs.HostLayout
+	Bits [1024]uint64
+}
+
 type DatapathBhDrops struct {
 	_        structs.HostLayout
 	ByReason [48]DatapathBhCount
@@ -141,6 +146,7 @@ type DatapathBhSlot struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	DatapathMapCounters         = "counters"
+	DatapathMapDenyFilter       = "deny_filter"
 	DatapathMapDrops            = "drops"
 	DatapathMapHardDeny         = "hard_deny"
 	DatapathMapLinks            = "links"
@@ -209,6 +215,7 @@ type DatapathProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type DatapathMapSpecs struct {
 	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	DenyFilter       *ebpf.MapSpec `ebpf:"deny_filter"`
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	HardDeny         *ebpf.MapSpec `ebpf:"hard_deny"`
 	Links            *ebpf.MapSpec `ebpf:"links"`
@@ -249,6 +256,7 @@ func (o *DatapathObjects) Close() error {
 // It can be passed to LoadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DatapathMaps struct {
 	Counters         *ebpf.Map `ebpf:"counters"`
+	DenyFilter       *ebpf.Map `ebpf:"deny_filter"`
 	Drops            *ebpf.Map `ebpf:"drops"`
 	HardDeny         *ebpf.Map `ebpf:"hard_deny"`
 	Links            *ebpf.Map `ebpf:"links"`
@@ -265,6 +273,7 @@ type DatapathMaps struct {
 func (m *DatapathMaps) Close() error {
 	return _DatapathClose(
 		m.Counters,
+		m.DenyFilter,
 		m.Drops,
 		m.HardDeny,
 		m.Links,

@@ -100,7 +100,7 @@ type Limits struct {
 // required are the controllers that a host must have on cgroup v2.
 var required = []string{"cpu", "io", "memory", "pids"}
 
-// ErrNotEmpty: a tenant node holds sandboxes, other tenants or processes.
+// ErrNotEmpty means that a cgroup holds sandboxes, other tenants or processes.
 var ErrNotEmpty = errors.New("cgroup is not empty")
 
 // Tree is the slice and all below it.

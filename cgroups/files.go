@@ -34,7 +34,7 @@ func readText(path string) (string, error) {
 	if err != nil {
 		return "", &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	defer unix.Close(fd)
 	var small [4096]byte
 	text := small[:0]
 	for {

@@ -42,7 +42,8 @@ func runJob(job string) {
 	case "sleep":
 		time.Sleep(time.Minute)
 	case "spin":
-		for {
+		for n := 0; ; n++ {
+			spun.Store(int64(n))
 		}
 	case "eat": // more memory than any test allows
 		var all [][]byte
@@ -67,6 +68,9 @@ func runJob(job string) {
 	}
 	os.Exit(0)
 }
+
+// spun gives the spinning job something to do.
+var spun atomic.Int64
 
 var sliceNumber atomic.Int32
 

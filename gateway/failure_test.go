@@ -81,7 +81,7 @@ func TestKilledAtRandom(t *testing.T) {
 	sent := make([][]*usagev1.Record, len(nodes))
 	for i := range nodes {
 		nodes[i] = gatewaytest.NewNode(fmt.Sprintf("node-%d", i), uint64(i))
-		sent[i] = nodes[i].Batch(2000)
+		sent[i] = nodes[i].Batch(1000)
 	}
 	cmd := startChild(t, dir, "")
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -92,7 +92,7 @@ func TestKilledAtRandom(t *testing.T) {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(i), 3))
 			for acked := uint64(0); acked < uint64(len(n.Sent)); {
-				got, err := c.push(ctx, n.ID, slices.Collect(slices.Chunk(n.Sent[acked:], 1+rng.IntN(40)))...)
+				got, err := c.push(ctx, n.ID, slices.Collect(slices.Chunk(n.Sent[acked:], 1+rng.IntN(80)))...)
 				acked = max(acked, got)
 				if err == nil {
 					continue
@@ -116,7 +116,7 @@ func TestKilledAtRandom(t *testing.T) {
 		select {
 		case <-done:
 			running = false
-		case <-time.After(time.Duration(20+rng.IntN(150)) * time.Millisecond):
+		case <-time.After(time.Duration(20+rng.IntN(100)) * time.Millisecond):
 			if kills < 10 {
 				cmd.Process.Kill()
 				cmd.Wait()

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -46,7 +47,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 
 // run is Run; fault is the ledger's, for tests.
 func run(ctx context.Context, cfg config.Config, log *slog.Logger, fault func(string) error) (err error) {
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+	if err := makeDir(cfg.DataDir); err != nil {
 		return err
 	}
 	l, err := ledger.Open(ledger.Config{Dir: cfg.DataDir, Fault: fault})
@@ -101,6 +102,20 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger, fault func(st
 	}
 	log.Info("gateway has stopped")
 	return nil
+}
+
+// makeDir makes the data directory so that it outlives a power failure: the
+// ledger syncs what is in it, not its own name.
+func makeDir(path string) error {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
+	}
+	parent, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return parent.Sync()
 }
 
 // notify tells systemd. It is not there to be told on a developer's machine.

@@ -144,7 +144,7 @@ func dial(t testing.TB, sock string) client {
 // push sends batches on one stream and answers the last acknowledgement, and
 // the error that ended the stream, if one did.
 func (c client) push(ctx context.Context, node string, batches ...[]*usagev1.Record) (acked uint64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	stream, err := c.usage.Push(ctx)
 	if err != nil {

@@ -83,7 +83,9 @@ func TestQueries(t *testing.T) {
 		t.Errorf("got last push at %v, want between %v and now", at, before)
 	}
 
-	for _, req := range []*gatewayv1.QueryUsageRequest{{StartNs: 5, EndNs: 5}, {StartNs: 6, EndNs: 5}, {StartNs: -1}, {EndNs: -1}} {
+	for _, req := range []*gatewayv1.QueryUsageRequest{
+		{StartNs: 5, EndNs: 5}, {StartNs: 6, EndNs: 5}, {StartNs: -1}, {EndNs: -1}, {Tenant: "acme/"}, {Tenant: "/acme"}, {Tenant: "a//b"}, {Tenant: "/"},
+	} {
 		_, err := c.gateway.QueryUsage(t.Context(), req)
 		wantCode(t, err, codes.InvalidArgument, "")
 		stream, err := c.gateway.ListRecords(t.Context(), req)

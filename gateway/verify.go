@@ -7,14 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/bulkheadhq/bulkhead/gateway/config"
 	"github.com/bulkheadhq/bulkhead/gateway/ledger"
 )
 
+// maxConflicts is how many refused records Verify names.
+const maxConflicts = 100
+
 // Verify walks the hash chain of one node, or of all if node is empty, and
-// writes a line for each. A break is an error, after all nodes were looked at.
-// The gateway may run meanwhile.
+// writes a line for each, and one for each of the latest refused records. A
+// break is an error, after all nodes were looked at; a refused record is not in
+// the ledger and is none. The gateway may run meanwhile.
 func Verify(ctx context.Context, cfg config.Config, node string, w io.Writer) error {
 	r, err := ledger.OpenReader(cfg.DataDir)
 	if err != nil {
@@ -48,6 +53,15 @@ func Verify(ctx context.Context, cfg config.Config, node string, w io.Writer) er
 			return err
 		default:
 			fmt.Fprintf(w, "%s: %d records, chain whole\n", name, records)
+		}
+	}
+	conflicts, err := r.Conflicts(ctx, maxConflicts)
+	if err != nil {
+		return err
+	}
+	for _, c := range conflicts {
+		if node == "" || node == c.Node {
+			fmt.Fprintf(w, "%s: refused (%dx), last at %s: %v\n", c.Node, c.Count, c.Last.Format(time.RFC3339), &c.ConflictError)
 		}
 	}
 	if bad > 0 {

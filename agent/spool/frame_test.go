@@ -262,7 +262,7 @@ func TestRandomDamage(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 4))
 	cfg, segs := filled(t, 12)
 	good := newDisk(cfg.Dir).files(t)
-	for range 300 {
+	for range 120 {
 		dir := t.TempDir()
 		for name, b := range good {
 			os.WriteFile(filepath.Join(dir, name), b, 0o600)

@@ -115,6 +115,17 @@ BH_ASSERT_SIZE(struct bh_lpm_key, 24);
 
 #define BH_FAMILY_BITS 32
 
+/*
+ * Which addresses need not be looked up in hard_deny. A clear bit proves that
+ * no prefix there holds an address, of either family, that starts with these
+ * 16 bits. A set bit proves nothing.
+ */
+#define BH_FILTER_WORDS 1024
+struct bh_deny_filter {
+	__u64 bits[BH_FILTER_WORDS];
+};
+BH_ASSERT_SIZE(struct bh_deny_filter, 8192);
+
 /* One step of the decision about a destination. The first that matches decides. */
 struct bh_port_rule {
 	__u16 lo, hi; /* host byte order, both included */

@@ -68,7 +68,8 @@ struct {
 /* hard_deny: special-use addresses, host addresses, host networks, sandbox pools.
  * key:   struct bh_lpm_key
  * value: enum bh_reason
- * Only user space writes; when the set changes it adds before it deletes.
+ * Only user space writes; when the set changes it adds before it deletes, and
+ * deny_filter covers both sets meanwhile.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
@@ -77,6 +78,19 @@ struct {
 	__uint(max_entries, 16384);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } hard_deny SEC(".maps");
+
+/* deny_filter: spares most packets the walk through hard_deny.
+ * key:   0
+ * value: struct bh_deny_filter
+ * Only user space writes, word by word through shared memory.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_deny_filter);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} deny_filter SEC(".maps");
 
 /* counters: what sandboxes were allowed to send and receive.
  * key:   slot, host byte order

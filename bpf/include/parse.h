@@ -27,16 +27,9 @@
 
 #define BH_IP_DF 0x4000
 
-/* 128 bits in network byte order. IPv4 is ::ffff:a.b.c.d. */
-union bh_addr {
-	__u8 b[16];
-	__be32 w[4];
-	__be64 d[2];
-};
-
+/* What the parsers find out. The other end is where a packet goes or comes from. */
 struct bh_packet {
-	union bh_addr src, dst;
-	__u32 v6;
+	struct bh_lpm_key other;
 	__u32 proto;
 	__u16 port; /* destination, host byte order */
 	__u16 hdrs; /* IP and L4 headers */
@@ -44,19 +37,32 @@ struct bh_packet {
 	__u64 bytes; /* IP header and payload of all segments */
 };
 
-static __always_inline void addr_from4(union bh_addr *a, __be32 v4)
+static __always_inline void set_other4(struct bh_packet *p, __be32 addr)
 {
-	a->d[0] = 0;
-	a->w[2] = bpf_htonl(0xffff);
-	a->w[3] = v4;
+	p->other.prefixlen = BH_FAMILY_BITS + 128;
+	p->other.family = bpf_htonl(4);
+	__builtin_memset(p->other.addr, 0, sizeof(p->other.addr));
+	__builtin_memcpy(p->other.addr, &addr, sizeof(addr));
 }
 
-static __always_inline void addr_from6(union bh_addr *a, const struct in6_addr *v6)
+static __always_inline void set_other6(struct bh_packet *p, const struct in6_addr *addr)
 {
-	a->w[0] = v6->in6_u.u6_addr32[0];
-	a->w[1] = v6->in6_u.u6_addr32[1];
-	a->w[2] = v6->in6_u.u6_addr32[2];
-	a->w[3] = v6->in6_u.u6_addr32[3];
+	p->other.prefixlen = BH_FAMILY_BITS + 128;
+	p->other.family = bpf_htonl(6);
+	__builtin_memcpy(p->other.addr, addr, sizeof(p->other.addr));
+}
+
+/* Whether an address is that of the slot. A slot without one has none. */
+static __always_inline int is_own4(const struct bh_slot *s, __be32 addr)
+{
+	return addr == s->addr4 && (s->has & BH_HAS_ADDR4);
+}
+
+static __always_inline int is_own6(const struct bh_slot *s, const struct in6_addr *addr)
+{
+	const __u32 *own = (const __u32 *)s->addr6, *a = addr->in6_u.u6_addr32;
+
+	return a[3] == own[3] && a[2] == own[2] && a[1] == own[1] && a[0] == own[0] && (s->has & BH_HAS_ADDR6);
 }
 
 /*
@@ -128,7 +134,8 @@ static __always_inline __u32 l4_strict(struct bh_packet *p, void *l4, void *end,
 	return BH_PROTOCOL;
 }
 
-static __always_inline __u32 ip4_strict(struct __sk_buff *skb, struct bh_packet *p, void *l3, void *end)
+static __always_inline __u32 ip4_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p,
+					void *l3, void *end)
 {
 	struct iphdr *ip = l3;
 	__u32 len = skb->len - sizeof(struct ethhdr);
@@ -145,9 +152,9 @@ static __always_inline __u32 ip4_strict(struct __sk_buff *skb, struct bh_packet 
 		return BH_FRAGMENT;
 	if (ip->protocol == IPPROTO_ICMP)
 		return BH_ICMP;
-	addr_from4(&p->src, ip->saddr);
-	addr_from4(&p->dst, ip->daddr);
-	p->v6 = 0;
+	if (!is_own4(s, ip->saddr))
+		return BH_SPOOF_IP;
+	set_other4(p, ip->daddr);
 	p->proto = ip->protocol;
 	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
 }
@@ -191,7 +198,8 @@ static __always_inline __u32 ip6_other(__u8 next, void *l4, void *end)
 	return BH_ICMP6;
 }
 
-static __always_inline __u32 ip6_strict(struct __sk_buff *skb, struct bh_packet *p, void *l3, void *end)
+static __always_inline __u32 ip6_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p,
+					void *l3, void *end)
 {
 	struct ipv6hdr *ip = l3;
 	__u32 len = skb->len - sizeof(struct ethhdr);
@@ -204,16 +212,17 @@ static __always_inline __u32 ip6_strict(struct __sk_buff *skb, struct bh_packet 
 		return BH_BAD_LENGTH;
 	if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP)
 		return ip6_other(ip->nexthdr, ip + 1, end);
-	addr_from6(&p->src, &ip->saddr);
-	addr_from6(&p->dst, &ip->daddr);
-	p->v6 = 1;
+	if (!is_own6(s, &ip->saddr))
+		return BH_SPOOF_IP;
+	set_other6(p, &ip->daddr);
 	p->proto = ip->nexthdr;
 	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
 }
 
 /*
  * Reads a frame that the sandbox of slot s sent. Answers BH_ALLOWED if it is
- * understood, and fills p but for bytes and segments.
+ * understood and comes from that sandbox, and fills p but for bytes and
+ * segments.
  */
 static __always_inline __u32 parse_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p)
 {
@@ -230,9 +239,9 @@ static __always_inline __u32 parse_strict(struct __sk_buff *skb, const struct bh
 		return BH_SPOOF_MAC;
 	switch (eth->h_proto) {
 	case bpf_htons(ETH_P_IP):
-		return ip4_strict(skb, p, eth + 1, end);
+		return ip4_strict(skb, s, p, eth + 1, end);
 	case bpf_htons(ETH_P_IPV6):
-		return ip6_strict(skb, p, eth + 1, end);
+		return ip6_strict(skb, s, p, eth + 1, end);
 	case bpf_htons(ETH_P_ARP):
 	case bpf_htons(ETH_P_RARP):
 		return BH_ARP;
@@ -247,11 +256,12 @@ static __always_inline __u32 parse_strict(struct __sk_buff *skb, const struct bh
 }
 
 /*
- * Reads a frame on its way to the sandbox, which the host's stack has already
- * accepted: addresses, and headers if it stands for several segments. Answers
- * BH_ALLOWED if that was possible, and fills p but for the port.
+ * Reads a frame on its way to the sandbox of slot s, which the host's stack
+ * has already accepted: addresses, and headers if it stands for several
+ * segments. Answers BH_ALLOWED if that was possible and it is for the sandbox,
+ * and fills p but for the port.
  */
-static __always_inline __u32 parse_lenient(struct __sk_buff *skb, struct bh_packet *p)
+static __always_inline __u32 parse_lenient(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p)
 {
 	__u32 l3_hdr, extra = 0;
 	struct ethhdr *eth;
@@ -267,9 +277,9 @@ static __always_inline __u32 parse_lenient(struct __sk_buff *skb, struct bh_pack
 
 		if ((void *)(ip + 1) > end || ip->version != 4 || ip->ihl < 5)
 			return BH_IN_MALFORMED;
-		addr_from4(&p->src, ip->saddr);
-		addr_from4(&p->dst, ip->daddr);
-		p->v6 = 0;
+		if (!is_own4(s, ip->daddr))
+			return BH_IN_DESTINATION;
+		set_other4(p, ip->saddr);
 		p->proto = ip->protocol;
 		l3_hdr = ip->ihl * 4;
 	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
@@ -277,9 +287,9 @@ static __always_inline __u32 parse_lenient(struct __sk_buff *skb, struct bh_pack
 
 		if ((void *)(ip + 1) > end || ip->version != 6)
 			return BH_IN_MALFORMED;
-		addr_from6(&p->src, &ip->saddr);
-		addr_from6(&p->dst, &ip->daddr);
-		p->v6 = 1;
+		if (!is_own6(s, &ip->daddr))
+			return BH_IN_DESTINATION;
+		set_other6(p, &ip->saddr);
 		p->proto = ip->nexthdr;
 		l3_hdr = sizeof(*ip);
 		/* More than 64 KiB: a jumbo header that no segment will carry. */

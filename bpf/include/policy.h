@@ -15,32 +15,18 @@ struct bh_verdict {
 	__u32 policy;
 };
 
-static __always_inline void lpm_key(struct bh_lpm_key *key, const union bh_addr *a, __u32 v6)
-{
-	key->prefixlen = 8 * (sizeof(*key) - offsetof(struct bh_lpm_key, family));
-	if (v6) {
-		key->family = bpf_htonl(6);
-		__builtin_memcpy(key->addr, a->b, sizeof(key->addr));
-		return;
-	}
-	key->family = bpf_htonl(4);
-	__builtin_memset(key->addr, 0, sizeof(key->addr));
-	__builtin_memcpy(key->addr, &a->w[3], sizeof(a->w[3]));
-}
-
 /* The reason why no policy can open an address, BH_ALLOWED if there is none. */
 static __always_inline __u32 hard_denied(const struct bh_lpm_key *key)
 {
-	enum bh_reason *reason = bpf_map_lookup_elem(&hard_deny, key);
+	__u32 zero = 0, first = key->addr[0] << 8 | key->addr[1];
+	struct bh_deny_filter *f;
+	enum bh_reason *reason;
 
+	f = bpf_map_lookup_elem(&deny_filter, &zero);
+	if (f && !(f->bits[first / 64] >> first % 64 & 1))
+		return BH_ALLOWED;
+	reason = bpf_map_lookup_elem(&hard_deny, key);
 	return reason ? *reason : BH_ALLOWED;
-}
-
-static __always_inline int is_slot_addr(const struct bh_slot *s, const union bh_addr *a, __u32 v6)
-{
-	if (v6)
-		return (s->has & BH_HAS_ADDR6) && a->d[0] == s->addr6[0] && a->d[1] == s->addr6[1];
-	return (s->has & BH_HAS_ADDR4) && a->w[3] == s->addr4;
 }
 
 /*
@@ -51,7 +37,6 @@ static __always_inline void judge(struct __sk_buff *skb, const struct bh_slot *s
 				  struct bh_verdict *v)
 {
 	struct bh_policy_entry *e;
-	struct bh_lpm_key key;
 	void *trie;
 	__u32 i;
 
@@ -65,12 +50,7 @@ static __always_inline void judge(struct __sk_buff *skb, const struct bh_slot *s
 		return;
 	measure(skb, 0, p);
 
-	v->reason = BH_SPOOF_IP;
-	if (!is_slot_addr(s, &p->src, p->v6))
-		return;
-
-	lpm_key(&key, &p->dst, p->v6);
-	v->reason = hard_denied(&key);
+	v->reason = hard_denied(&p->other);
 	if (v->reason)
 		return;
 
@@ -80,7 +60,7 @@ static __always_inline void judge(struct __sk_buff *skb, const struct bh_slot *s
 	if (!trie)
 		return;
 	v->reason = BH_NO_RULE_MATCHED;
-	e = bpf_map_lookup_elem(trie, &key);
+	e = bpf_map_lookup_elem(trie, &p->other);
 	if (!e)
 		return;
 	for (i = 0; i < BH_MAX_PORT_RULES && i < e->count; i++) {
@@ -101,18 +81,14 @@ static __always_inline void judge(struct __sk_buff *skb, const struct bh_slot *s
  */
 static __always_inline __u32 judge_ingress(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p)
 {
-	struct bh_lpm_key key;
 	__u32 reason;
 
 	p->segments = 1;
 	p->bytes = skb->len - sizeof(struct ethhdr);
-	reason = parse_lenient(skb, p);
+	reason = parse_lenient(skb, s, p);
 	if (reason)
 		return reason;
-	if (!is_slot_addr(s, &p->dst, p->v6))
-		return BH_IN_DESTINATION;
-	lpm_key(&key, &p->src, p->v6);
-	switch (hard_denied(&key)) {
+	switch (hard_denied(&p->other)) {
 	case BH_ALLOWED:
 	case BH_HOST: /* its ICMP errors: path MTU */
 	case BH_HOST_NETWORK:

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/bulkheadhq/bulkhead/gateway/gatewaytest"
+	"github.com/bulkheadhq/bulkhead/gateway/ledger/ledgertest"
 	usagev1 "github.com/bulkheadhq/bulkhead/proto/usage/v1"
 )
 
@@ -246,7 +247,7 @@ func TestConflicts(t *testing.T) {
 			if got := len(records(t, l.Reader, Filter{})); got != 5 {
 				t.Errorf("got %d records, want 5", got)
 			}
-			conflicts, err := l.Conflicts(t.Context())
+			conflicts, err := l.Conflicts(t.Context(), 10)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -395,7 +396,7 @@ func TestOpenRefuses(t *testing.T) {
 		l := open(t, dir)
 		appendOK(t, l, "n1", gatewaytest.NewNode("n1", 1).Batch(20))
 		l.Close()
-		tamper(t, dir, "records_no_delete", "DELETE FROM records WHERE node_seq = 20")
+		ledgertest.Tamper(t, dir, "DROP TRIGGER records_no_delete", "DELETE FROM records WHERE node_seq = 20")
 		if _, err := Open(Config{Dir: dir}); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("got %v, want ErrCorrupt", err)
 		}
@@ -405,20 +406,6 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("got %v, want ErrNotExist", err)
 		}
 	})
-}
-
-// tamper changes the file behind the ledger's back.
-func tamper(t testing.TB, dir, trigger, stmt string) {
-	t.Helper()
-	db := rawDB(t, dir)
-	for _, s := range []string{"PRAGMA foreign_keys = OFF", "DROP TRIGGER " + trigger, stmt} {
-		if _, err := db.Exec(s); err != nil {
-			t.Fatalf("%s: %v", s, err)
-		}
-	}
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
 }
 
 func TestVerifyFindsTheFirstBreak(t *testing.T) {
@@ -445,7 +432,7 @@ func TestVerifyFindsTheFirstBreak(t *testing.T) {
 			n.Batch(19)
 			appendOK(t, l, "n1", n.Sent)
 			l.Close()
-			tamper(t, dir, tt.trigger, tt.stmt)
+			ledgertest.Tamper(t, dir, "DROP TRIGGER "+tt.trigger, tt.stmt)
 			r, err := OpenReader(dir)
 			if err != nil {
 				t.Fatal(err)

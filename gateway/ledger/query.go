@@ -328,10 +328,10 @@ type Conflict struct {
 	Count       uint64
 }
 
-// Conflicts lists the refused records, the newest last.
-func (r *Reader) Conflicts(ctx context.Context) ([]Conflict, error) {
+// Conflicts lists the refused records, the latest refusal first, at most limit.
+func (r *Reader) Conflicts(ctx context.Context, limit int) ([]Conflict, error) {
 	rows, err := r.db.QueryContext(ctx, `SELECT first_ns, last_ns, count, node_id, kind, node_seq, source, record_id,
-	  have_hash, got_hash FROM conflicts ORDER BY seq`)
+	  have_hash, got_hash FROM conflicts ORDER BY last_ns DESC, seq DESC LIMIT ?`, limit)
 	if err != nil {
 		return nil, fmt.Errorf("list conflicts: %w", classify(err))
 	}

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -116,6 +117,9 @@ func (s *Server) filter(ctx context.Context, req *gatewayv1.QueryUsageRequest) (
 	}
 	if req.GetEndNs() != 0 && req.GetEndNs() <= req.GetStartNs() {
 		return ledger.Filter{}, status.Errorf(codes.InvalidArgument, "interval [%d, %d) is empty", req.GetStartNs(), req.GetEndNs())
+	}
+	if t := "/" + req.GetTenant() + "/"; t != "//" && strings.Contains(t, "//") {
+		return ledger.Filter{}, status.Errorf(codes.InvalidArgument, "tenant %q is not a path as in acme/vision", req.GetTenant())
 	}
 	return ledger.Filter{
 		Tenant: req.GetTenant(), Sandbox: req.GetSandbox(), Meter: req.GetMeter(),

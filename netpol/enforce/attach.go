@@ -166,7 +166,7 @@ func (e *Enforcer) takeSlot(s *slot, sb Sandbox) (err error) {
 	if err := e.maps["drops"].Put(sb.Slot, bpf.DatapathBhDrops{}); err != nil {
 		return fmt.Errorf("zero drop counters: %w", err)
 	}
-	e.shm.slots[sb.Slot].Epoch++
+	e.shm.values[sb.Slot].Epoch++
 	e.shm.setID(sb.Slot, sb.ID)
 	s.id, s.rules, s.digest = sb.ID, map[ruleKey]uint32{}, [32]byte{}
 	return nil
@@ -191,7 +191,7 @@ func (e *Enforcer) unclaim(id string) {
 
 // bind writes who may send on which link. The slot is closed while it changes.
 func (e *Enforcer) bind(sb Sandbox) error {
-	want := e.shm.slots[sb.Slot]
+	want := e.shm.values[sb.Slot]
 	want.Mac = [6]uint8(sb.MAC)
 	want.Has, want.Addr4, want.Addr6 = 0, 0, [2]uint64{}
 	for _, a := range sb.Addrs {
@@ -203,7 +203,7 @@ func (e *Enforcer) bind(sb Sandbox) error {
 			want.Addr6 = [2]uint64{nativeUint64(b[:8]), nativeUint64(b[8:])}
 		}
 	}
-	have := &e.shm.slots[sb.Slot]
+	have := &e.shm.values[sb.Slot]
 	old, ifindex := e.shm.ifindex(sb.Slot), uint32(sb.Ifindex)
 	same := have.Mac == want.Mac && have.Has == want.Has && have.Addr4 == want.Addr4 && have.Addr6 == want.Addr6
 	if old != ifindex || !same {

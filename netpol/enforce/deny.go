@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 
@@ -18,6 +19,9 @@ import (
 // mapped holds the IPv4-mapped, -compatible and -translated addresses. None
 // has business on a wire.
 var mapped = netip.MustParsePrefix("::/64")
+
+// filterWords is BH_FILTER_WORDS.
+const filterWords = len(bpf.DatapathBhDenyFilter{}.Bits)
 
 // SetHostAddrs replaces the set of the node's own addresses, which no sandbox
 // can be allowed to reach. At no time is an address open that is in the old
@@ -42,6 +46,12 @@ func (e *Enforcer) setHardDeny(host []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
+	// The filter covers the old set and the new one until only the new one is
+	// left: it may be too wide, never too narrow.
+	filter := filterOf(want)
+	for i, word := range filter {
+		atomic.OrUint64(&e.filter.values[0].Bits[i], word)
+	}
 	m := e.maps["hard_deny"]
 	for k, why := range want {
 		if old, ok := have[k]; ok && old == why {
@@ -59,8 +69,27 @@ func (e *Enforcer) setHardDeny(host []netip.Prefix) error {
 			return fmt.Errorf("no longer deny %s: %w", prefixOf(k), err)
 		}
 	}
+	for i, word := range filter {
+		atomic.StoreUint64(&e.filter.values[0].Bits[i], word)
+	}
 	e.hostAddrs = slices.Clone(host)
 	return nil
+}
+
+// filterOf has a bit for the first 16 bits of every address that a prefix of
+// set holds.
+func filterOf(set map[bpf.DatapathBhLpmKey]reason) (bits [filterWords]uint64) {
+	for k := range set {
+		first := int(k.Addr[0])<<8 | int(k.Addr[1])
+		span := 1
+		if n := int(k.Prefixlen) - familyBits; n < 16 {
+			span = 1 << (16 - n)
+		}
+		for i := first; i < first+span; i++ {
+			bits[i/64] |= 1 << (i % 64)
+		}
+	}
+	return bits
 }
 
 // hardDenySet is what the map should hold. Where an address of the host or a

@@ -32,6 +32,7 @@ package enforce
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -92,6 +93,7 @@ type Enforcer struct {
 
 	hostMu    sync.Mutex
 	hostAddrs []netip.Prefix // +checklocks:hostMu; last set by SetHostAddrs
+	filter    shared[bpf.DatapathBhDenyFilter]
 }
 
 // slot is what the enforcer knows about one sandbox beside what the kernel
@@ -142,7 +144,10 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 	if err := e.openPins(); err != nil {
 		return nil, err
 	}
-	if e.shm, err = mapSlots(e.maps["slots"], cfg.MaxSandboxes+1); err != nil {
+	if e.shm.shared, err = mapShared[bpf.DatapathBhSlot](e.maps["slots"], cfg.MaxSandboxes+1); err != nil {
+		return nil, err
+	}
+	if e.filter, err = mapShared[bpf.DatapathBhDenyFilter](e.maps["deny_filter"], 1); err != nil {
 		return nil, err
 	}
 	e.tries = triePool{spec: trieSpec, policies: e.maps["policies"], info: e.maps["policy_info"]}
@@ -195,7 +200,8 @@ func (e *Enforcer) recover() error {
 		}
 		s := &e.slots[n]
 		s.id = id
-		s.rules = names[n]
+		s.rules = map[ruleKey]uint32{}
+		maps.Copy(s.rules, names[n])
 		delete(names, n)
 		e.byID[id] = n
 		if policy := e.shm.policy(n); policy != 0 {
@@ -231,7 +237,7 @@ func (e *Enforcer) Close() error {
 
 func (e *Enforcer) release() error {
 	var errs []error
-	errs = append(errs, e.shm.close(), e.tries.close(), e.rules.close())
+	errs = append(errs, e.shm.close(), e.filter.close(), e.tries.close(), e.rules.close())
 	for _, m := range e.maps {
 		errs = append(errs, m.Close())
 	}

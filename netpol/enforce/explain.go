@@ -56,7 +56,7 @@ func (e *Enforcer) Explain(slot uint32, f netpol.Flow) (Explanation, error) {
 	}
 	// A socket that connects to ::ffff:a.b.c.d sends IPv4.
 	f.Dst = f.Dst.Unmap().WithZone("")
-	sender := e.shm.slots[slot]
+	sender := e.shm.values[slot]
 	if sender.Has&family(f.Dst) == 0 {
 		detail := detailNoAddr4
 		if f.Dst.Is6() {

@@ -69,6 +69,9 @@ func refFlow(b []byte) (f netpol.Flow, hdrs int, why string) {
 	default:
 		return f, 0, "ethertype"
 	}
+	if src != addr4(testSlot) && src != addr6(testSlot) {
+		return f, hdrs, "spoof_ip"
+	}
 	switch f.Proto {
 	case netpol.TCP:
 		if len(l4) < 20 {
@@ -88,9 +91,6 @@ func refFlow(b []byte) (f netpol.Flow, hdrs int, why string) {
 		return f, 0, "protocol"
 	}
 	f.Port = binary.BigEndian.Uint16(l4[2:])
-	if src != addr4(testSlot) && src != addr6(testSlot) {
-		return f, hdrs, "spoof_ip"
-	}
 	return f, hdrs, ""
 }
 

@@ -22,6 +22,10 @@ import (
 // TestMain fails the binary if a test left pins mounted or descriptors of the
 // kernel's BPF objects open.
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(victimDir); dir != "" {
+		fmt.Fprintln(os.Stderr, victim(dir, os.Getenv(victimLinks)))
+		os.Exit(1)
+	}
 	code := m.Run()
 	for _, leak := range append(leakedMounts(), leakedDescriptors()...) {
 		fmt.Fprintln(os.Stderr, "leaked:", leak)

@@ -30,22 +30,43 @@ const (
 	progExplain = "explain"
 )
 
-// mountBPF makes sure that dir is on a bpffs.
+// bpffsRoot is where hosts mount the bpffs, a directory that sysfs provides.
+const bpffsRoot = "/sys/fs/bpf"
+
+// mountBPF makes dir, and mounts a bpffs if it would not be on one: on
+// bpffsRoot if dir is below it, otherwise on dir.
 func mountBPF(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	at := dir
+	if strings.HasPrefix(dir, bpffsRoot+"/") {
+		at = bpffsRoot
+	}
+	if err := os.MkdirAll(at, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
 	}
 	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return fmt.Errorf("statfs %s: %w", dir, err)
+	if err := unix.Statfs(at, &st); err != nil {
+		return fmt.Errorf("statfs %s: %w", at, err)
 	}
-	if st.Type == unix.BPF_FS_MAGIC {
-		return nil
+	if st.Type != unix.BPF_FS_MAGIC {
+		if privateMounts() {
+			return fmt.Errorf("mount bpffs on %s: this process has a mount namespace of its own, the pins would die with it: mount it on the host, as systemd does on %s", at, bpffsRoot)
+		}
+		if err := unix.Mount("bpf", at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+			return fmt.Errorf("mount bpffs on %s: %w", at, err)
+		}
 	}
-	if err := unix.Mount("bpf", dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-		return fmt.Errorf("mount bpffs on %s: %w", dir, err)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make pin directory: %w", err)
 	}
 	return nil
+}
+
+// privateMounts tells whether what this process mounts is seen by itself
+// alone. It is false if that cannot be known.
+func privateMounts() bool {
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	host, hostErr := os.Readlink("/proc/1/ns/mnt")
+	return err == nil && hostErr == nil && own != host
 }
 
 // lockDir keeps other processes off the pins until the file is closed.

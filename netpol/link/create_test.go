@@ -201,7 +201,7 @@ func left(t *testing.T, m *Manager) []string {
 	}
 	c, err := dialProto(unix.NETLINK_NETFILTER)
 	must(t, err)
-	defer c.close() //nolint:errcheck // read only
+	defer c.close()
 	must(t, c.eachFlow(func(f flow) {
 		if pool4.Contains(f.src) || pool6.Contains(f.src) {
 			all = append(all, "flow "+f.src.String())

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -198,7 +199,17 @@ func newFar(t testing.TB) *far {
 		}
 		return nil
 	}))
-	return f
+	// The kernel makes an IPv6 address local in a worker.
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		local, err := HostAddrs()
+		must(t, err)
+		if slices.Contains(local, netip.PrefixFrom(f.host6, 128)) {
+			return f
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s does not become local", f.host6)
+		}
+	}
 }
 
 func address(t testing.TB, name string, addrs ...netip.Addr) {

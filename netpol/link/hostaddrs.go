@@ -184,19 +184,24 @@ func waitLocalChange(events *os.File) error {
 		if err != nil {
 			return err
 		}
-		changed := false
-		_, err = eachMessage(buf[:n], func(h unix.NlMsghdr, body []byte) (bool, error) {
-			switch h.Type {
-			case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-				changed = true
-			case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-				_, _, ok, err := parseLocal(body)
-				changed = changed || ok || err != nil
-			}
-			return changed, nil
-		})
-		if changed || err != nil {
+		if mayBeLocal(buf[:n]) {
 			return nil
 		}
 	}
+}
+
+// mayBeLocal reports whether messages are about a local destination. What
+// cannot be read may be.
+func mayBeLocal(b []byte) bool {
+	local, err := eachMessage(b, func(h unix.NlMsghdr, body []byte) (bool, error) {
+		switch h.Type {
+		case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+			return true, nil
+		case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+			_, _, ok, err := parseLocal(body)
+			return ok, err
+		}
+		return false, nil
+	})
+	return local || err != nil
 }

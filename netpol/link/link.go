@@ -102,7 +102,7 @@ const (
 	maxMTU     = 65535
 )
 
-// ErrNotFound: there is no link of that id.
+// ErrNotFound means that there is no link of that id.
 var ErrNotFound = errors.New("link not found")
 
 // Config says what the package owns on this machine. Two managers on one

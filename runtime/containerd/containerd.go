@@ -10,9 +10,14 @@
 //
 // # Life of a task
 //
-//	Create: image -> snapshot + container -> task (runc init waits)
+//	Create: image -> snapshot + container + hold -> task (runc init waits)
 //	Start:  runc init executes the command
-//	Remove: SIGKILL -> task deleted -> container -> snapshot -> FIFOs
+//	Remove: SIGKILL -> task deleted -> container + snapshot + hold + FIFOs
+//
+// The hold is a record in containerd's store of sandboxes, never run as one. A
+// containerd that starts deletes the shim of every task that has no process
+// left, unless a sandbox has its id; and with the shim goes the exit of a
+// command that ended while containerd was away.
 //
 // Create undoes itself on an error. After a crash in the middle of it, Remove
 // clears what it had made: everything carries the id, nothing is found by
@@ -108,6 +113,8 @@ type Runtime struct {
 	log       *slog.Logger
 	images    imageCache
 	users     userCache
+	// slowReader is the constant of that name, or less in tests.
+	slowReader time.Duration
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -176,6 +183,8 @@ func Open(cfg Config) (*Runtime, error) {
 		ctx:       ctx,
 		cancel:    cancel,
 		known:     map[string]*task{},
+
+		slowReader: slowReader,
 	}
 	r.wg.Go(func() { r.watchEvents(ctx) })
 	return r, nil

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
@@ -17,11 +18,11 @@ import (
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/runtime/logs"
@@ -182,43 +183,52 @@ func (r *Runtime) loggerURI(cfg logs.Config) string {
 	return (&url.URL{Scheme: "binary-v2", Path: r.cfg.Logger, RawQuery: q.Encode()}).String()
 }
 
-// prepare makes the snapshot and stores the container.
+// prepare makes the snapshot, the container and its hold, all at once.
 func (r *Runtime) prepare(ctx context.Context, image imageInfo, record containers.Container, back *undo) ([]mount.Mount, error) {
-	var (
-		mounts           []mount.Mount
-		snapErr, contErr error
-		g                errgroup.Group
-	)
-	g.Go(func() error {
-		mounts, snapErr = r.snapshot(ctx, record.ID, image)
-		return nil
-	})
-	g.Go(func() error {
-		ctx, cancel := r.finish(ctx)
-		defer cancel()
-		_, contErr = r.client.ContainerService().Create(ctx, record)
-		return nil
-	})
-	_ = g.Wait()
-	// What exists already is somebody else's and stays. Any other error may
-	// hide a success.
-	if !isExists(snapErr) {
-		back.push(func(ctx context.Context) error { return r.removeSnapshot(ctx, record.ID) })
+	var mounts []mount.Mount
+	parts := []struct {
+		name string
+		do   func(context.Context) error
+		undo func(context.Context, string) error
+		err  error
+	}{
+		{name: "snapshot", undo: r.removeSnapshot, do: func(ctx context.Context) (err error) {
+			mounts, err = r.snapshot(ctx, record.ID, image)
+			return err
+		}},
+		{name: "container", undo: r.removeContainer, do: func(ctx context.Context) error {
+			ctx, cancel := r.finish(ctx)
+			defer cancel()
+			_, err := r.client.ContainerService().Create(ctx, record)
+			return err
+		}},
+		{name: "hold", undo: r.removeHold, do: func(ctx context.Context) error {
+			ctx, cancel := r.finish(ctx)
+			defer cancel()
+			_, err := r.client.SandboxStore().Create(ctx, sandbox.Sandbox{ID: record.ID})
+			return err
+		}},
 	}
-	if !isExists(contErr) {
-		back.push(func(ctx context.Context) error {
-			return gone(r.client.ContainerService().Delete(ctx, record.ID))
-		})
+	var wg sync.WaitGroup
+	for i := range parts {
+		wg.Go(func() { parts[i].err = parts[i].do(ctx) })
 	}
-	switch {
-	case isExists(snapErr):
-		return nil, fmt.Errorf("snapshot: %w", runtime.ErrExists)
-	case isExists(contErr):
-		return nil, fmt.Errorf("container: %w", runtime.ErrExists)
-	case snapErr != nil:
-		return nil, fmt.Errorf("prepare snapshot: %w", snapErr)
-	case contErr != nil:
-		return nil, fmt.Errorf("store container: %w", contErr)
+	wg.Wait()
+	var errs []error
+	for _, p := range parts {
+		if isExists(p.err) {
+			// Somebody else's: it stays.
+			errs = append(errs, fmt.Errorf("%s: %w", p.name, runtime.ErrExists))
+			continue
+		}
+		// Any other error may hide a success.
+		back.push(func(ctx context.Context) error { return p.undo(ctx, record.ID) })
+		if p.err != nil {
+			errs = append(errs, fmt.Errorf("make %s: %w", p.name, p.err))
+		}
+	}
+	if len(errs) > 0 {
+		return nil, errs[0]
 	}
 	return mounts, nil
 }

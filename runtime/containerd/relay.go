@@ -137,7 +137,7 @@ func (l *relay) broadcast(p piece) {
 			continue
 		default:
 		}
-		limit := time.NewTimer(slowReader)
+		limit := time.NewTimer(l.r.slowReader)
 		select {
 		case c.pieces <- p:
 		case <-c.gone:

@@ -18,12 +18,11 @@ import (
 	"time"
 
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
-	runcoptions "github.com/containerd/containerd/api/types/runc/options"
-	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/bulkheadhq/bulkhead/runtime"
 )
 
 // endLimit is how long the processes of a task may take to end after SIGKILL:
@@ -51,12 +50,33 @@ func (r *Runtime) remove(ctx context.Context, id string) error {
 		return err
 	}
 	r.forget(id)
+	// Nothing of the rest needs another part. List finds the id by any of them,
+	// so that a Remove that fails can be done again.
+	parts := []func(context.Context, string) error{r.removeContainer, r.removeSnapshot, r.removeHold, r.removeFIFOs}
+	errs := make([]error, len(parts))
+	var wg sync.WaitGroup
+	for i, part := range parts {
+		wg.Go(func() { errs[i] = part(ctx, id) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func (r *Runtime) removeContainer(ctx context.Context, id string) error {
 	if err := gone(r.client.ContainerService().Delete(ctx, id)); err != nil {
 		return fmt.Errorf("delete container: %w", err)
 	}
-	if err := r.removeSnapshot(ctx, id); err != nil {
-		return err
+	return nil
+}
+
+func (r *Runtime) removeHold(ctx context.Context, id string) error {
+	if err := gone(r.client.SandboxStore().Delete(ctx, id)); err != nil {
+		return fmt.Errorf("delete hold: %w", err)
 	}
+	return nil
+}
+
+func (r *Runtime) removeFIFOs(_ context.Context, id string) error {
 	if err := os.RemoveAll(r.fifoDir(id)); err != nil {
 		return fmt.Errorf("remove FIFOs: %w", err)
 	}
@@ -65,14 +85,13 @@ func (r *Runtime) remove(ctx context.Context, id string) error {
 
 // removeTask kills and deletes the task and what runc still has of it.
 func (r *Runtime) removeTask(ctx context.Context, id string) error {
-	err := r.deleteTask(ctx, id)
+	err := r.endTask(ctx, id)
+	if err == nil {
+		_, err = r.tasks.Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: id})
+		err = native(err)
+	}
 	if isNotFound(err) {
-		// containerd deletes no task without a container, and says so in the
-		// same words.
-		var orphan bool
-		if orphan, err = r.isOrphan(ctx, id); err == nil && orphan {
-			err = r.deleteOrphan(ctx, id)
-		}
+		err = r.removeOrphan(ctx, id)
 	}
 	if err != nil {
 		return fmt.Errorf("delete task: %w", err)
@@ -80,8 +99,26 @@ func (r *Runtime) removeTask(ctx context.Context, id string) error {
 	return r.removeRunc(ctx, id)
 }
 
-// deleteTask answers NotFound if containerd has no such task or container.
-func (r *Runtime) deleteTask(ctx context.Context, id string) error {
+// removeOrphan is for what containerd calls not found for want of a container,
+// or of a task, though a task, or a shim without one, may be there.
+func (r *Runtime) removeOrphan(ctx context.Context, id string) error {
+	record, err := r.record(runtime.Spec{ID: id}, imageInfo{}, &specs.Spec{Version: specs.Version})
+	if err != nil {
+		return err
+	}
+	if _, err := r.client.ContainerService().Create(ctx, record); err != nil && !isExists(err) {
+		return fmt.Errorf("store container for deleting: %w", err)
+	}
+	if err := gone(r.endTask(ctx, id)); err != nil {
+		return err
+	}
+	_, err = r.tasks.Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: id})
+	return gone(native(err))
+}
+
+// endTask kills the task and waits for its end. It answers NotFound if
+// containerd has no such task or container.
+func (r *Runtime) endTask(ctx context.Context, id string) error {
 	if r.recall(id) == nil {
 		p, err := r.state(ctx, id, "")
 		if isNotFound(err) {
@@ -108,41 +145,7 @@ func (r *Runtime) deleteTask(ctx context.Context, id string) error {
 	if t := r.recall(id); t != nil {
 		t.news.set(func() { t.news.exit = &exit }) // for whoever waits
 	}
-	_, err = r.tasks.Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: id})
-	return native(err)
-}
-
-// isOrphan says whether containerd has a task that has no container.
-func (r *Runtime) isOrphan(ctx context.Context, id string) (bool, error) {
-	resp, err := r.tasks.List(ctx, &tasksapi.ListTasksRequest{})
-	if err != nil {
-		return false, native(err)
-	}
-	for _, p := range resp.Tasks {
-		if p.ID == id {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// deleteOrphan gives the task a container again, so that it can be deleted.
-func (r *Runtime) deleteOrphan(ctx context.Context, id string) error {
-	specAny, err := typeurl.MarshalAny(&specs.Spec{Version: specs.Version})
-	if err != nil {
-		return err
-	}
-	options, err := typeurl.MarshalAny(&runcoptions.Options{BinaryName: r.cfg.Runc, Root: r.cfg.RuncRoot})
-	if err != nil {
-		return err
-	}
-	_, err = r.client.ContainerService().Create(ctx, containers.Container{
-		ID: id, Spec: specAny, Runtime: containers.RuntimeInfo{Name: shimRuntime, Options: options},
-	})
-	if err != nil && !isExists(err) {
-		return err
-	}
-	return gone(r.deleteTask(ctx, id))
+	return nil
 }
 
 // removeRunc has runc remove what it still knows of the container: containerd
@@ -200,6 +203,13 @@ func (r *Runtime) List(ctx context.Context) ([]string, error) {
 	}
 	for _, t := range ts.Tasks {
 		ids = append(ids, t.ID)
+	}
+	holds, err := r.client.SandboxStore().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list holds: %w", err)
+	}
+	for _, h := range holds {
+		ids = append(ids, h.ID)
 	}
 	err = r.snapshots.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
 		if id := info.Labels[labelSnapshot]; id != "" {

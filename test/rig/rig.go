@@ -66,6 +66,7 @@ type Rig struct {
 
 	cfg     Config
 	lock    *os.File
+	sysctls map[string][]byte // as they were before the agent
 	agent   *process
 	gateway *process
 }
@@ -106,6 +107,12 @@ func (r *Rig) open() (err error) {
 	}
 	if err := sweep(); err != nil {
 		return err
+	}
+	r.sysctls = map[string][]byte{}
+	for _, file := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		if r.sysctls[file], err = os.ReadFile(file); err != nil {
+			return err
+		}
 	}
 	if r.Dir, err = os.MkdirTemp("", dirPrefix); err != nil {
 		return err
@@ -369,6 +376,10 @@ func (r *Rig) Close() error {
 		errs = append(errs, r.Net.Close())
 		r.Net = nil
 	}
+	for file, was := range r.sysctls {
+		errs = append(errs, os.WriteFile(file, was, 0o644))
+	}
+	r.sysctls = nil
 	if r.lock != nil {
 		errs = append(errs, sweep(), r.lock.Close())
 		r.lock = nil

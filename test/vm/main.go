@@ -38,8 +38,9 @@ func main() {
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *repo, *memory, *accel, chosen); err != nil {
+	err = run(ctx, *repo, *memory, *accel, chosen)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "vm:", err)
 		os.Exit(1)
 	}

@@ -121,8 +121,8 @@ type UsageRow struct {
 	GapRecords  uint64                 `protobuf:"varint,7,opt,name=gap_records,json=gapRecords,proto3" json:"gap_records,omitempty"`
 	StartNs     int64                  `protobuf:"varint,8,opt,name=start_ns,json=startNs,proto3" json:"start_ns,omitempty"`
 	EndNs       int64                  `protobuf:"varint,9,opt,name=end_ns,json=endNs,proto3" json:"end_ns,omitempty"`
-	// The exact sum as a decimal number. One tenant with 1 TiB of memory passes
-	// 2^64 byte milliseconds in under five hours: show and price this one.
+	// The exact sum as a decimal number. 10,000 busy cores pass 2^64 nanoseconds
+	// in three weeks: show and price this one.
 	TotalDecimal  string `protobuf:"bytes,10,opt,name=total_decimal,json=totalDecimal,proto3" json:"total_decimal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
