@@ -5,6 +5,7 @@ package supervisor_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -17,10 +18,9 @@ import (
 // faults counts how often each point is reached and does something at one of
 // them.
 type faults struct {
-	mu    sync.Mutex
-	seen  map[string]int
-	order []string
-	hits  int
+	mu   sync.Mutex
+	seen map[string]int
+	hits int
 
 	point string
 	nth   int
@@ -33,7 +33,6 @@ func (f *faults) fault(point string) error {
 		f.seen = map[string]int{}
 	}
 	f.seen[point]++
-	f.order = append(f.order, point)
 	hit := point == f.point && f.seen[point] == f.nth
 	if hit {
 		f.hits++
@@ -57,6 +56,7 @@ func life() sandbox.Spec { return spec("life", "sleep 2.5; exit 3") }
 func points(t *testing.T) map[string]int {
 	t.Helper()
 	var f faults
+	var seen map[string]int
 	inWorld(t, func(_ *testing.T, w *world) {
 		w.m.SetBusy(busy)
 		w.start(f.fault)
@@ -64,6 +64,9 @@ func points(t *testing.T) map[string]int {
 		if rec.Exit.Reason != sandbox.Exited || rec.Exit.Code != 3 {
 			w.t.Errorf("exit: got %+v, want code 3", rec.Exit)
 		}
+		f.mu.Lock()
+		seen = maps.Clone(f.seen)
+		f.mu.Unlock()
 		w.checkGone()
 		if a := w.m.Account(rec.ID); a.EgressBytes == 0 || a.CPUNs == 0 {
 			w.t.Errorf("the busy command used %+v", a)
@@ -74,11 +77,11 @@ func points(t *testing.T) map[string]int {
 		want = append(want, step+":do", step+":done", step+":undo")
 	}
 	for _, p := range want {
-		if f.seen[p] == 0 {
+		if seen[p] == 0 {
 			t.Errorf("point %s is not reached by a whole life", p)
 		}
 	}
-	return f.seen
+	return seen
 }
 
 // times answers which of n times a point is reached are worth a test.
@@ -153,16 +156,16 @@ func checkTruth(t *testing.T, w *world, rec sandbox.Record) {
 	}
 }
 
-// TestKilledAgainAndAgain kills the first agent at its first point, the next
-// one at its second, and so on: recovery, too, is broken off everywhere.
+// TestKilledAgainAndAgain kills agents at their first point, later ones at
+// their second, and so on: recovery, too, is broken off everywhere.
 func TestKilledAgainAndAgain(t *testing.T) {
-	for _, stride := range []int{1, 2, 3, 5} {
-		t.Run(fmt.Sprint(stride), func(t *testing.T) {
+	for _, each := range []int{1, 2, 3, 5} { // so many agents for each depth
+		t.Run(fmt.Sprint(each), func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.m.SetBusy(busy)
 				var id string
 				lives := 0
-				for n := stride; ; n += stride {
+				for n := 1; ; n = 1 + lives/each {
 					var f countdown
 					f.left, f.do = n, w.die
 					w.start(f.fault)

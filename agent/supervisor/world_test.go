@@ -206,6 +206,7 @@ func kinds(rec sandbox.Record) string {
 // machine, slot 1 free, usage equal to the machine's own account.
 func (w *world) checkGone() {
 	w.t.Helper()
+	time.Sleep(3 * time.Second) // the next sample takes warnings away
 	if left := w.m.Leftovers(); len(left) > 0 {
 		w.t.Errorf("left on the machine: %q", left)
 	}

@@ -57,7 +57,7 @@ func (c *cli) nodeLsCmd() *cobra.Command {
 		Use:     "ls --gateway ADDR",
 		Aliases: []string{"list"},
 		Short:   "List the nodes that report to a gateway, and how far their usage has arrived",
-		Example: `  bulkhead node ls --gateway unix:///run/bulkhead/gateway.sock`,
+		Example: `  bulkhead node ls --gateway unix:///run/bulkhead-gateway/gateway.sock`,
 		Args:    args(0, 0, "--gateway ADDR"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := g.check(); err != nil {

@@ -48,7 +48,7 @@ exact and may differ in the last digit from the sum of its rows. See
 deploy/examples/prices.toml.`,
 		Example: `  bulkhead usage --tenant acme
   bulkhead usage --sandbox web
-  bulkhead usage --gateway unix:///run/bulkhead/gateway.sock --since 2026-11-01 --until 2026-12-01 --prices prices.toml
+  bulkhead usage --gateway unix:///run/bulkhead-gateway/gateway.sock --since 2026-11-01 --until 2026-12-01 --prices prices.toml
   bulkhead usage --gateway gw.example.com:7443 --ca ca.pem --records -o json > november.jsonl`,
 		Args: args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.usage(cmd, u) },

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -133,4 +134,31 @@ func BenchmarkCounters(b *testing.B) {
 	for b.Loop() {
 		counters(b, e, testSlot)
 	}
+}
+
+// BenchmarkAttachBurst is the time until the last of 50 sandboxes that start
+// at once is attached.
+func BenchmarkAttachBurst(b *testing.B) {
+	const n = 50
+	ns, index := links(b, n)
+	e := open(b, testConfig(b))
+	p := entries(20)
+	var took time.Duration
+	for b.Loop() {
+		start := time.Now()
+		var wg sync.WaitGroup
+		for i := range n {
+			wg.Go(func() {
+				if err := in(ns, func() error { return e.Attach(context.Background(), sandbox(uint32(i+1), index[i], p)) }); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		took += time.Since(start)
+		for i := range n {
+			ok(b, e.Detach(sandbox(uint32(i+1), index[i], p).ID, 0))
+		}
+	}
+	b.ReportMetric(float64(took.Nanoseconds())/float64(b.N), "ns/op")
 }

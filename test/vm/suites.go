@@ -37,6 +37,7 @@ var suites = []suite{
 	{
 		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 5 * time.Minute,
 		steps: []step{
+			{pkg: "./cgroups", test: true, limit: 2 * time.Minute},
 			{pkg: "./test/containerdtest", test: true, limit: 2 * time.Minute},
 		},
 	},
