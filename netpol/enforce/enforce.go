@@ -130,7 +130,7 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 	e.slots = make([]slot, cfg.MaxSandboxes+1)
 	defer func() {
 		if err != nil {
-			e.release()
+			err = errors.Join(err, e.release())
 		}
 	}()
 

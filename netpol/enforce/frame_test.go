@@ -145,7 +145,6 @@ func (f frame) toSandbox() []byte {
 // Offsets in struct __sk_buff.
 const (
 	skbMark    = 8
-	skbGSOSegs = 164
 	skbGSOSize = 176
 )
 

@@ -3,7 +3,6 @@
 package enforce
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -171,13 +170,6 @@ const (
 	allowAll6 = "- {name: all6, action: allow, to: [{cidr: '::/0'}], ports: [1-65535/tcp, 1-65535/udp]}\n"
 	allowAll  = allowAll4 + allowAll6
 )
-
-func attach(t testing.TB, e *Enforcer, sb Sandbox) {
-	t.Helper()
-	if err := e.Attach(context.Background(), sb); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // drops answers packets by reason.
 func drops(t testing.TB, e *Enforcer, slot uint32) map[string]uint64 {

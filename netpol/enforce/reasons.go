@@ -13,13 +13,10 @@ type reason = bpf.DatapathBhReason
 
 const (
 	allowed       = bpf.DatapathBhReasonBH_ALLOWED
-	unknownLink   = bpf.DatapathBhReasonBH_UNKNOWN_LINK
 	denyHost      = bpf.DatapathBhReasonBH_HOST
 	denyNetwork   = bpf.DatapathBhReasonBH_HOST_NETWORK
 	denySandbox   = bpf.DatapathBhReasonBH_SANDBOX
 	reasonCount   = bpf.DatapathBhReasonBH_REASONS
-	ruleDeny      = bpf.DatapathBhReasonBH_RULE_DENY
-	noRule        = bpf.DatapathBhReasonBH_NO_RULE_MATCHED
 	reasonNoAddr  = "no_address"
 	detailNoAddr4 = "the sandbox has no IPv4 address"
 	detailNoAddr6 = "the sandbox has no IPv6 address"
