@@ -4,7 +4,9 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 
@@ -27,6 +29,15 @@ func (l links) Create(ctx context.Context, id string, p sandbox.Plan) (int, erro
 		return 0, fmt.Errorf("plan of sandbox %s: %w", id, err)
 	}
 	return l.Manager.Create(ctx, link.Link{ID: id, Slot: p.Slot, Addr4: p.Addr4, Addr6: p.Addr6, MAC: mac, MTU: p.MTU})
+}
+
+// Down answers fs.ErrNotExist for a link that is not there.
+func (l links) Down(id string) error {
+	err := l.Manager.Down(id)
+	if errors.Is(err, link.ErrNotFound) {
+		return fmt.Errorf("%w: %w", err, fs.ErrNotExist)
+	}
+	return err
 }
 
 // egress makes an enforce.Enforcer serve the supervisor and the API.

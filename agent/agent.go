@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -73,6 +74,8 @@ type node struct {
 	runtime *containerd.Runtime
 	report  *report.Reporter
 	sup     *supervisor.Supervisor
+
+	reloading sync.Mutex // one reading of the tenants at a time, so that the last one read is the last in force
 }
 
 // Run opens, recovers, serves and blocks until ctx ends or something that the
@@ -103,13 +106,13 @@ func Run(ctx context.Context, opts Options) (err error) {
 	group.Go(func() error { n.reloadOnHup(ctx); return nil })
 	select {
 	case <-ready:
+		group.Go(func() error { return api.Serve(ctx, n.apiConfig(), l) })
+		opts.Log.Info("agent ready", "node", n.nodeID, "socket", n.cfg.Socket, "version", opts.Version)
+		n.notify("READY=1")
+		<-ctx.Done()
 	case <-ctx.Done():
-		return errors.Join(group.Wait(), l.Close())
+		l.Close() // nobody was served yet
 	}
-	group.Go(func() error { return api.Serve(ctx, n.apiConfig(), l) })
-	opts.Log.Info("agent ready", "node", n.nodeID, "socket", n.cfg.Socket, "version", opts.Version)
-	n.notify("READY=1")
-	<-ctx.Done()
 	n.notify("STOPPING=1")
 	err = group.Wait()
 	if errors.Is(err, context.Canceled) {
@@ -183,9 +186,13 @@ func (n *node) open() (err error) {
 			return err
 		}
 	}
+	runcRoot := c.Containerd.RuncRoot
+	if runcRoot == "" {
+		runcRoot = filepath.Join(c.RunDir, "runc")
+	}
 	if n.runtime, err = containerd.Open(containerd.Config{
 		Address: c.Containerd.Address, Namespace: c.Containerd.Namespace, Dir: filepath.Join(c.RunDir, "fifo"),
-		Runc: c.Containerd.Runc, RuncRoot: c.Containerd.RuncRoot, Logger: loggerPath(c.Containerd.Logger), Log: n.opts.Log,
+		Runc: c.Containerd.Runc, RuncRoot: runcRoot, Logger: loggerPath(c.Containerd.Logger), Log: n.opts.Log,
 	}); err != nil {
 		return err
 	}
@@ -228,8 +235,12 @@ func (n *node) etcFiles() (resolv, hosts string, err error) {
 		resolv: "# This sandbox has no resolver: its policy names addresses.\noptions attempts:1 timeout:1\n",
 		hosts:  "127.0.0.1 localhost\n::1 localhost ip6-localhost\n",
 	} {
+		// Running sandboxes have the file bound: it is not written without need.
+		if have, err := os.ReadFile(file); err == nil && string(have) == text {
+			continue
+		}
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
-			return "", "", err
+			return "", "", fmt.Errorf("write what sandboxes see in /etc: %w", err)
 		}
 	}
 	return resolv, hosts, nil
@@ -284,6 +295,9 @@ func (n *node) logDir(id string) string { return filepath.Join(n.cfg.StateDir, "
 // spoolFull says why usage cannot be recorded now, or nothing.
 func (n *node) spoolFull() string {
 	st := n.spool.Status()
+	if st.Err != nil {
+		return "the usage spool cannot be written: " + st.Err.Error()
+	}
 	if !st.Full {
 		return ""
 	}
@@ -300,6 +314,8 @@ func (n *node) spoolFull() string {
 
 // reload reads the tenants directory again and puts it in force.
 func (n *node) reload(ctx context.Context) (tenants, updated int, err error) {
+	n.reloading.Lock()
+	defer n.reloading.Unlock()
 	set, err := tenant.Load(n.cfg.TenantsDir)
 	if err != nil {
 		return 0, 0, err
@@ -317,7 +333,7 @@ func (n *node) reloadOnHup(ctx context.Context) {
 		case <-hup:
 			tenants, updated, err := n.reload(ctx)
 			if err != nil {
-				n.opts.Log.Error("reload refused; nothing changed", "err", err)
+				n.opts.Log.Error("reload refused", "err", err)
 				continue
 			}
 			n.opts.Log.Info("reloaded", "tenants", tenants, "sandboxes_updated", updated)

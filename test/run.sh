@@ -49,7 +49,7 @@ stage_node() {
 		echo "the node tier needs root"
 		return 1
 	fi
-	select_packages "$node" | go_test -timeout 10m
+	select_packages "$node" | go_test -count=1 -timeout 10m
 }
 
 stage_vm() { go run ./test/vm all; }
@@ -70,7 +70,7 @@ report() {
 	printf '\n%-6s %-6s %8s\n' STAGE RESULT SECONDS
 	for i in "${!names[@]}"; do
 		printf '%-6s %-6s %8d\n' "${names[i]}" "${states[i]}" "${times[i]}"
-		[ "${states[i]}" = ok ] || grep -E '^\s*(--- FAIL|FAIL|panic:|vm:.*FAIL)' "$logs/${names[i]}" | sort -u | head -n 20 | sed 's/^/       /'
+		[ "${states[i]}" = ok ] || grep -E '^( {4})?(--- FAIL: [^/]*$|FAIL[[:space:]]|panic:|vm: .*FAIL)' "$logs/${names[i]}" | sort -u | head -n 20 | sed 's/^ */       /'
 	done
 }
 

@@ -6,6 +6,7 @@
 // gRPC codes. It decides nothing else.
 //
 // A sandbox of a tenant that the caller has no part in does not exist for it.
+// What one user may hold of the agent at once is bounded, see share.go.
 package api
 
 import (
@@ -62,36 +63,66 @@ type Config struct {
 // Server implements nodev1.NodeServer.
 type Server struct {
 	nodev1.UnimplementedNodeServer
-	cfg Config
+	cfg     Config
+	calls   share
+	watches share
 }
 
-// maxMessage bounds one message in either direction.
+// maxMessage bounds one message of a caller.
 const maxMessage = 4 << 20
+
+// maxGrace bounds what a caller may ask for between TERM and KILL.
+const maxGrace = 24 * time.Hour
 
 // Serve answers calls on l until ctx ends. It closes l.
 func Serve(ctx context.Context, cfg Config, l net.Listener) error {
+	s := &Server{cfg: cfg}
 	srv := grpc.NewServer(
 		grpc.Creds(peerCred{}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(1024),
+		grpc.WaitForHandlers(true), // what they use is closed once Serve has returned
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+			done, err := s.enter(ctx)
+			if err != nil {
+				return nil, err
+			}
+			defer done()
 			return next(withoutMetadata(ctx), req)
 		}),
 		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+			done, err := s.enter(stream.Context())
+			if err != nil {
+				return err
+			}
+			defer done()
 			return next(srv, bareStream{stream})
 		}),
 	)
-	nodev1.RegisterNodeServer(srv, &Server{cfg: cfg})
+	nodev1.RegisterNodeServer(srv, s)
 	stop := context.AfterFunc(ctx, func() {
 		timer := time.AfterFunc(2*time.Second, srv.Stop) // streams such as logs -f never end by themselves
 		defer timer.Stop()
 		srv.GracefulStop()
 	})
 	defer stop()
-	if err := srv.Serve(l); err != nil && ctx.Err() == nil {
+	if err := srv.Serve(&door{Listener: l}); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	}
 	return nil
+}
+
+// enter counts a call of its caller until done is called.
+func (s *Server) enter(ctx context.Context) (done func(), err error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	done, ok := s.calls.take(c.UID, maxCalls)
+	if !ok {
+		return nil, status.Errorf(codes.ResourceExhausted, "%s has %d calls under way, and may not have more: end some", c, maxCalls)
+	}
+	return done, nil
 }
 
 // withoutMetadata drops what the caller put into the headers. The context
@@ -145,6 +176,10 @@ func failure(err error) error {
 		return status.Error(codes.InvalidArgument, message)
 	case errors.Is(err, supervisor.ErrNotStopped), errors.Is(err, runtime.ErrNotRunning), errors.Is(err, runtime.ErrNoAttach):
 		return status.Error(codes.FailedPrecondition, message)
+	case errors.Is(err, runtime.ErrCommand):
+		return status.Error(codes.InvalidArgument, message)
+	case errors.Is(err, store.ErrNoSlot), errors.Is(err, runtime.ErrSlowReader):
+		return status.Error(codes.ResourceExhausted, message)
 	case errors.Is(err, supervisor.ErrLeaving):
 		return status.Error(codes.Unavailable, message)
 	case errors.Is(err, context.Canceled):
@@ -210,15 +245,35 @@ func (s *Server) Get(ctx context.Context, req *nodev1.GetRequest) (*nodev1.GetRe
 	if prog, err := s.cfg.Sandboxes.Program(rec.ID); err == nil {
 		out.Policy = prog.Describe()
 	}
-	if rec.State == sandbox.Running || rec.State == sandbox.Paused {
-		if out.Network, out.Drops, err = s.cfg.Traffic.Network(rec.Slot); err != nil {
-			return nil, failure(err)
-		}
-		if out.Rules, err = s.cfg.Traffic.Rules(rec.ID, rec.Slot); err != nil {
-			return nil, failure(err)
-		}
+	if !enforced(rec) {
+		return out, nil
 	}
+	network, drops, err := s.cfg.Traffic.Network(rec.Slot)
+	rules, rerr := s.cfg.Traffic.Rules(rec.ID, rec.Slot)
+	if !enforced(s.now(rec)) {
+		return out, nil // it ended meanwhile, and its slot may be another's
+	}
+	if err := errors.Join(err, rerr); err != nil {
+		return nil, failure(err)
+	}
+	out.Network, out.Drops, out.Rules = network, drops, rules
 	return out, nil
+}
+
+// enforced reports whether a sandbox has the slot that its record names, with
+// its policy in it.
+func enforced(rec sandbox.Record) bool {
+	return rec.State == sandbox.Running || rec.State == sandbox.Paused
+}
+
+// now is the record of a sandbox as it is now; one that has gone is Stopped.
+func (s *Server) now(rec sandbox.Record) sandbox.Record {
+	now, err := s.cfg.Sandboxes.Find(rec.ID, func(tenant.Path) bool { return true })
+	if err != nil {
+		rec.State = sandbox.Stopped
+		return rec
+	}
+	return now
 }
 
 // within reports whether a record is of the subtree asked for and visible.
@@ -251,6 +306,11 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		return err
 	}
 	in := within(req.GetTenant(), s.mayAct(c))
+	done, ok := s.watches.take(c.UID, maxWatches)
+	if !ok {
+		return status.Errorf(codes.ResourceExhausted, "%s watches %d times already, and may not more often: share one watch", c, maxWatches)
+	}
+	defer done()
 	now, sub := s.cfg.Sandboxes.Subscribe()
 	defer sub.Close()
 	for _, rec := range now {
@@ -286,7 +346,10 @@ func (s *Server) Stop(ctx context.Context, req *nodev1.StopRequest) (*nodev1.Sto
 	if err != nil {
 		return nil, err
 	}
-	grace := time.Duration(req.GetGraceMs()) * time.Millisecond
+	if req.GetGraceMs() > maxGrace.Milliseconds() {
+		return nil, status.Errorf(codes.InvalidArgument, "grace of %d ms is too long, at most %s", req.GetGraceMs(), maxGrace)
+	}
+	grace := time.Duration(max(req.GetGraceMs(), -1)) * time.Millisecond
 	if err := s.cfg.Sandboxes.Stop(rec.ID, sandbox.StopRequest{Reason: sandbox.StoppedBy, By: c.String(), Grace: grace}); err != nil {
 		return nil, failure(err)
 	}

@@ -28,8 +28,8 @@ func (c Caller) String() string { return fmt.Sprintf("uid:%d", c.UID) }
 // AuthType makes a Caller a credentials.AuthInfo.
 func (Caller) AuthType() string { return "peercred" }
 
-// peerCred are transport credentials that ask SO_PEERCRED at the handshake and
-// refuse anything but a unix socket.
+// peerCred are transport credentials that hand on what the kernel said of a
+// connection when it was accepted, see door.
 type peerCred struct{}
 
 func (peerCred) ClientHandshake(_ context.Context, _ string, c net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -37,25 +37,34 @@ func (peerCred) ClientHandshake(_ context.Context, _ string, c net.Conn) (net.Co
 }
 
 func (peerCred) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	pc, ok := c.(*peerConn)
+	if !ok {
+		return nil, nil, fmt.Errorf("caller on %T: did not come in by the door", c)
+	}
+	return c, pc.who, nil
+}
+
+// peerOf asks the kernel who connected.
+func peerOf(c net.Conn) (Caller, error) {
 	uc, ok := c.(*net.UnixConn)
 	if !ok {
-		return nil, nil, fmt.Errorf("caller on %T: only a unix socket says who calls", c)
+		return Caller{}, fmt.Errorf("caller on %T: only a unix socket says who calls", c)
 	}
 	raw, err := uc.SyscallConn()
 	if err != nil {
-		return nil, nil, err
+		return Caller{}, err
 	}
 	var cred *unix.Ucred
 	var credErr error
 	if err := raw.Control(func(fd uintptr) {
 		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return nil, nil, err
+		return Caller{}, err
 	}
 	if credErr != nil {
-		return nil, nil, fmt.Errorf("read SO_PEERCRED: %w", credErr)
+		return Caller{}, fmt.Errorf("read SO_PEERCRED: %w", credErr)
 	}
-	return c, Caller{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, nil
+	return Caller{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, nil
 }
 
 func (peerCred) Info() credentials.ProtocolInfo {
@@ -87,8 +96,8 @@ func operator(ctx context.Context, what string) error {
 	return nil
 }
 
-// mayAct answers a filter of the tenants that the caller acts for.
+// mayAct answers a filter of the tenants that the caller acts for, at each
+// moment that it is asked: a reload takes a right away from open streams too.
 func (s *Server) mayAct(c Caller) func(tenant.Path) bool {
-	set := s.cfg.Sandboxes.Tenants()
-	return func(p tenant.Path) bool { return set.MayAct(c.UID, p) }
+	return func(p tenant.Path) bool { return s.cfg.Sandboxes.Tenants().MayAct(c.UID, p) }
 }

@@ -4,6 +4,7 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"sort"
 	"strings"
@@ -11,7 +12,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/netpol"
 	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
 	"github.com/bulkheadhq/bulkhead/runtime"
@@ -80,23 +80,38 @@ func (s *Server) Explain(ctx context.Context, req *nodev1.ExplainRequest) (*node
 	if req.GetPort() == 0 || req.GetPort() > 65535 {
 		return nil, status.Errorf(codes.InvalidArgument, "port %d is not between 1 and 65535", req.GetPort())
 	}
-	if rec.State != sandbox.Running && rec.State != sandbox.Paused {
+	var out *nodev1.ExplainResponse
+	if enforced(rec) {
+		out, err = s.cfg.Traffic.Explain(rec.Slot, flow)
+		rec = s.now(rec) // the answer is another sandbox's if this one has ended meanwhile
+	}
+	if !enforced(rec) {
 		return nil, status.Errorf(codes.FailedPrecondition, "sandbox %s is %s: nothing is enforced for it now", rec.Spec.Name, rec.State)
 	}
-	out, err := s.cfg.Traffic.Explain(rec.Slot, flow)
-	if err != nil {
-		return nil, failure(err)
-	}
-	return out, nil
+	return out, failure(err)
 }
 
-// NodeInfo implements nodev1.NodeServer.
+// NodeInfo implements nodev1.NodeServer. Warnings name sandboxes of every
+// tenant, so only root reads them.
 func (s *Server) NodeInfo(ctx context.Context, _ *nodev1.NodeInfoRequest) (*nodev1.NodeInfoResponse, error) {
-	if _, err := caller(ctx); err != nil {
+	c, err := caller(ctx)
+	if err != nil {
 		return nil, err
 	}
 	info, err := s.cfg.NodeInfo(ctx)
-	return info, failure(err)
+	if err != nil {
+		return nil, failure(err)
+	}
+	if c.UID == 0 {
+		return info, nil
+	}
+	if n := len(info.Warnings); n > 0 {
+		info.Warnings = []string{fmt.Sprintf("%d, which root of this node can read", n)}
+	}
+	if info.Spool != nil {
+		info.Spool.LastError = ""
+	}
+	return info, nil
 }
 
 // Usage implements nodev1.NodeServer.
@@ -178,7 +193,7 @@ func (s *Server) Reload(ctx context.Context, _ *nodev1.ReloadRequest) (*nodev1.R
 	}
 	tenants, updated, err := s.cfg.Reload(ctx)
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, "nothing changed: "+strings.ToValidUTF8(err.Error(), "?"))
+		return nil, status.Error(codes.InvalidArgument, "reload refused: "+strings.ToValidUTF8(err.Error(), "?"))
 	}
 	return &nodev1.ReloadResponse{Tenants: uint32(tenants), SandboxesUpdated: uint32(updated)}, nil
 }

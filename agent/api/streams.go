@@ -186,6 +186,7 @@ func (s *Server) Exec(stream grpc.BidiStreamingServer[nodev1.ExecRequest, nodev1
 		return failure(err)
 	}
 	if err := sess.send(&nodev1.ExecResponse{Message: &nodev1.ExecResponse_Started{Started: true}}); err != nil {
+		_ = proc.Kill(context.WithoutCancel(ctx), syscall.SIGKILL)
 		return err
 	}
 	go sess.receive(ctx, pw, execControl{proc}) // ends with the stream: gRPC fails Recv when this handler returns

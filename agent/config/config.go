@@ -289,6 +289,22 @@ func (c *Config) check() error {
 	if !c.Network.Pool6.IsValid() || !c.Network.Pool6.Addr().Is6() || c.Network.Pool6.Addr().Is4In6() || c.Network.Pool6.Bits() > 112 {
 		return fmt.Errorf("network.pool6 = %s is not an IPv6 prefix of /112 or wider", c.Network.Pool6)
 	}
+	for _, l := range []struct {
+		key  string
+		nets []netip.Prefix
+	}{
+		{"network.pool4", []netip.Prefix{c.Network.Pool4}}, {"network.pool6", []netip.Prefix{c.Network.Pool6}},
+		{"egress.host_networks", c.Egress.HostNetworks},
+	} {
+		for _, n := range l.nets {
+			switch {
+			case !n.IsValid() || n.Addr().Is4In6():
+				return fmt.Errorf("%s: %s is not a network such as 192.0.2.0/24", l.key, n)
+			case n != n.Masked():
+				return fmt.Errorf("%s: %s has bits of a host; write %s", l.key, n, n.Masked())
+			}
+		}
+	}
 	for _, n := range []struct {
 		key      string
 		v        int64

@@ -84,7 +84,7 @@ type Mark struct {
 	Closed  bool             `json:"closed"`  // the final sample has been taken
 }
 
-// ErrClosed: the final sample has been taken.
+// ErrClosed says that the final sample has been taken.
 var ErrClosed = errors.New("meter is closed")
 
 // kind of a meter: how readings become quantities.

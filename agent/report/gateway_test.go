@@ -71,7 +71,7 @@ func (g *gateway) Push(stream grpc.BidiStreamingServer[usagev1.PushRequest, usag
 	for {
 		req, err := stream.Recv()
 		if err != nil {
-			return nil
+			return err
 		}
 		g.mu.Lock()
 		g.batches = append(g.batches, len(req.GetRecords()))

@@ -165,8 +165,10 @@ func (r *Reporter) Run(ctx context.Context) error {
 	for {
 		before := r.Status().LastAck
 		err := r.session(ctx)
-		if ctx.Err() != nil {
+		select {
+		case <-ctx.Done():
 			return nil
+		default:
 		}
 		if r.Status().LastAck != before {
 			failures = 0 // it worked for a while

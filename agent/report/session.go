@@ -160,11 +160,11 @@ func (r *Reporter) batch(next uint64) ([]*usagev1.Record, error) {
 
 // exchange sends one batch and waits for its answer.
 func (p *pusher) exchange(ctx context.Context, batch []*usagev1.Record) (uint64, error) {
-	// A send that finds the stream broken answers EOF; the reason is the
-	// receiver's. It blocks at most as long as the answer may take.
-	sent := make(chan error, 1) // depth 1: the sender may outlive the wait
+	sent := make(chan struct{}) // closed when the send is over
 	go func() {
-		sent <- p.stream.Send(&usagev1.PushRequest{NodeId: p.r.cfg.NodeID, Records: batch})
+		// Why a send fails is what the receiver is told.
+		_ = p.stream.Send(&usagev1.PushRequest{NodeId: p.r.cfg.NodeID, Records: batch})
+		close(sent)
 	}()
 	timeout := time.NewTimer(p.r.pace.answer)
 	defer timeout.Stop()

@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
 
@@ -20,7 +21,7 @@ const (
 	maxImage   = 512
 	maxArgs    = 1024
 	maxArgLen  = 128 << 10
-	maxTotal   = 512 << 10 // command and environment together
+	maxTotal   = runtime.MaxSpecBytes // command and environment together
 	maxLabels  = 64
 	maxLabel   = 256
 	maxPolicy  = 256 << 10
@@ -73,7 +74,9 @@ func (s *Spec) Check() error {
 			return bad(f.name, "has %d entries, at most %d", len(f.vals), maxArgs)
 		}
 		for _, v := range f.vals {
-			total += len(v)
+			if f.name == "command" || f.name == "env" {
+				total += len(v) + 1
+			}
 			if err := checkText(f.name, v, f.max); err != nil {
 				return err
 			}

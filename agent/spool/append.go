@@ -17,8 +17,8 @@ import (
 // request is one Append that waits for its turn.
 type request struct {
 	recs []*usagev1.Record
-	turn chan error // nil means: lead the next write; depth 1 so that the sender never waits
-	done chan error // the outcome; depth 1 so that the sender never waits
+	turn chan struct{} // lead the next write; depth 1 so that the sender never waits
+	done chan error    // the outcome; depth 1 so that the sender never waits
 }
 
 // Append numbers the records, links them and writes them as one batch. They are
@@ -35,7 +35,7 @@ func (s *Spool) Append(ctx context.Context, recs []*usagev1.Record) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	req := &request{turn: make(chan error, 1), done: make(chan error, 1)}
+	req := &request{turn: make(chan struct{}, 1), done: make(chan error, 1)}
 	for _, r := range recs {
 		if err := usagev1.Validate(r); err != nil {
 			return fmt.Errorf("append usage: %w", err)
@@ -117,7 +117,7 @@ func (s *Spool) writeWaiting() {
 		s.leading = false
 		return
 	}
-	s.waiting[0].turn <- nil
+	s.waiting[0].turn <- struct{}{}
 }
 
 // staged is what a group will have changed once it is durable.

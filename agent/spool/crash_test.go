@@ -195,7 +195,15 @@ func TestCrashAtEveryStep(t *testing.T) {
 		d.op, d.path = op, path
 		return nil
 	}
-	s := open(t, cfg)
+	s, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if !t.Failed() { // a check that fails in the middle of a write leaves it locked
+			s.Close()
+		}
+	}()
 	next := make(map[int]uint64)
 	batch := func(sandbox, n int) []*usagev1.Record {
 		from := next[sandbox] + 1
@@ -397,5 +405,29 @@ func TestNothingOfAFailedGroupComesBack(t *testing.T) {
 	s = reopen(t, s)
 	if got := ids(t, s, 1); len(got) != 5 {
 		t.Errorf("got %v", got)
+	}
+}
+
+// After an fsync that failed the kernel may have dropped pages that it once
+// took: the file gets no more data.
+func TestFailedFsyncEndsTheSegment(t *testing.T) {
+	cfg := config(t.TempDir())
+	fail := false
+	cfg.Fault = func(op, _ string) error {
+		if fail && op == "append:fsync" {
+			fail = false
+			return fmt.Errorf("input/output error, says the test")
+		}
+		return nil
+	}
+	s := open(t, cfg)
+	add(t, s, record(1, usagev1.MeterCPU, 1))
+	fail = true
+	if err := s.Append(context.Background(), run(1, usagev1.MeterCPU, 2, 2)); err == nil {
+		t.Error("no error")
+	}
+	add(t, s, record(1, usagev1.MeterCPU, 2))
+	if got := s.segments[len(s.segments)-1].first; got != 2 {
+		t.Errorf("the newest segment begins at %d, want 2", got)
 	}
 }

@@ -99,7 +99,7 @@ func (v view) walkFrom(i int, at place, fn func(*usagev1.Record) error) (place, 
 	if err != nil {
 		return at, fmt.Errorf("open spool segment: %w", err)
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }() // only read
 	end := v.end(i)
 	_, err = walk(f, at.offset, g.size, func(off int64, fr frame) error {
 		at.offset = off

@@ -243,11 +243,10 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("open spool lock: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%w: %s", ErrLocked, dir)
+			err = ErrLocked
 		}
-		return nil, fmt.Errorf("lock spool %s: %w", dir, err)
+		return nil, errors.Join(fmt.Errorf("lock spool %s: %w", dir, err), f.Close())
 	}
 	return f, nil
 }

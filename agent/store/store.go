@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -38,13 +37,13 @@ var (
 	keyCreated = []byte("created")
 )
 
-// ErrLocked: another process has the file open.
+// ErrLocked says: another process has the file open.
 var ErrLocked = errors.New("is in use by another agent")
 
-// ErrNotFound: there is no record of that id.
+// ErrNotFound says: there is no record of that id.
 var ErrNotFound = errors.New("no record")
 
-// ErrNoSlot: every slot is held.
+// ErrNoSlot says: every slot is held.
 var ErrNoSlot = errors.New("no slot is free")
 
 // NameTakenError says which sandbox has a name.
@@ -133,8 +132,7 @@ func syncDir(path string) error {
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, fs.ErrInvalid) {
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
 		return fmt.Errorf("sync %s: %w", path, err)
 	}
 	return nil
@@ -241,21 +239,38 @@ func (s *Store) Load() ([]sandbox.Record, error) {
 	return recs, nil
 }
 
-// Release frees the slot of a sandbox that is Stopped. Nil if it has none.
+// Release frees the slot of a sandbox that is Stopped. Nil if it has none, or
+// was deleted already.
 func (s *Store) Release(id string) error {
-	return s.update("release slot of sandbox", id, func(tx *bolt.Tx) error { return release(tx, id) })
+	held := false
+	err := s.db.View(func(tx *bolt.Tx) (err error) {
+		_, held, err = holds(tx, id)
+		return err
+	})
+	if err == nil && held {
+		err = s.db.Update(func(tx *bolt.Tx) error { return release(tx, id) })
+	}
+	if err != nil {
+		return fmt.Errorf("release slot of sandbox %s: %w", id, err)
+	}
+	return nil
 }
 
 func release(tx *bolt.Tx, id string) error {
-	rec, err := get(tx, id)
-	if err != nil {
+	slot, held, err := holds(tx, id)
+	if err != nil || !held {
 		return err
 	}
-	slots := tx.Bucket(bucketSlots)
-	if string(slots.Get(slotKey(rec.Slot))) != id {
-		return nil
+	return tx.Bucket(bucketSlots).Delete(slotKey(slot))
+}
+
+// holds answers the slot of a sandbox and whether the sandbox still holds it.
+func holds(tx *bolt.Tx, id string) (slot uint32, held bool, err error) {
+	rec, err := get(tx, id)
+	if errors.Is(err, ErrNotFound) {
+		return 0, false, nil
 	}
-	return slots.Delete(slotKey(rec.Slot))
+	return rec.Slot, err == nil && string(tx.Bucket(bucketSlots).Get(slotKey(rec.Slot))) == id, err
 }
 
 func get(tx *bolt.Tx, id string) (sandbox.Record, error) {

@@ -30,10 +30,16 @@ type box struct {
 	ifindex int            // +checklocks:mu
 	program netpol.Program // +checklocks:mu; in force
 	// attached is the policy revision that the kernel was last given.
-	attached uint64    // +checklocks:mu
-	neverRan bool      // +checklocks:mu; found created and not started
-	holders  int       // +checklocks:mu; clients that still read
-	let      time.Time // +checklocks:mu; when the last of them let go
+	attached  uint64    // +checklocks:mu
+	neverRan  bool      // +checklocks:mu; found created and not started
+	launchErr error     // +checklocks:mu; why the command was not let run
+	holders   int       // +checklocks:mu; clients that still read
+	let       time.Time // +checklocks:mu; when the last of them let go
+
+	// repair is held while link and program of a running sandbox are put
+	// right, so that nothing is made again that teardown has removed. Taken
+	// before mu.
+	repair sync.Mutex
 
 	// stop wakes the goroutine for a request that is already on disk. Depth 8:
 	// a polite request, an impatient one and some to spare; more are dropped,
@@ -81,18 +87,16 @@ func (b *box) hold() (release func()) {
 // error nothing has changed.
 func (b *box) update(change func(*sandbox.Record) error) error {
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	next := b.rec.Clone()
 	if err := change(&next); err != nil {
-		b.mu.Unlock()
 		return err
 	}
 	if err := b.s.cfg.Store.Put(next); err != nil {
-		b.mu.Unlock()
 		return fmt.Errorf("record sandbox %s: %w", next.ID, err)
 	}
 	b.rec = next
-	b.mu.Unlock()
-	b.s.publish(next.Clone(), false)
+	b.s.publish(next.Clone(), false) // under mu, so that subscribers see changes in their order
 	return nil
 }
 
@@ -106,19 +110,31 @@ func (b *box) note(kind, format string, args ...any) {
 	b.s.cfg.Log.Info("sandbox event", "sandbox", b.id, "kind", kind, "message", fmt.Sprintf(format, args...), "err", err)
 }
 
-// requestStop puts the reason on disk, if it is the first, and wakes the
-// goroutine. If the disk refuses, the sandbox is stopped all the same.
+// errUnchanged makes update leave the record as it is.
+var errUnchanged = errors.New("nothing to change")
+
+// requestStop puts the reason on disk, if it is the first, or the end of its
+// patience, if that is sooner, and wakes the goroutine. If the disk refuses,
+// the sandbox is stopped all the same.
 func (b *box) requestStop(req sandbox.StopRequest) error {
-	if !b.record().State.Live() {
-		return nil
-	}
 	err := b.update(func(r *sandbox.Record) error {
-		if r.Stop == nil {
+		switch sooner := req.At.Add(req.Grace); {
+		case !r.State.Live():
+			return errUnchanged
+		case r.Stop == nil:
 			r.Stop = &req
 			r.Log(req.At, "stop", "%s, grace %s", describe(req), req.Grace)
+		case sooner.Before(r.Stop.At.Add(r.Stop.Grace)):
+			r.Stop.Grace = max(sooner.Sub(r.Stop.At), 0)
+			r.Log(req.At, "stop", "sooner: %s, grace %s", describe(req), req.Grace)
+		default:
+			return errUnchanged // and nothing to write: anyone may ask as often as he likes
 		}
 		return nil
 	})
+	if errors.Is(err, errUnchanged) {
+		err = nil
+	}
 	select {
 	case b.stop <- req.Grace:
 	default:
@@ -146,6 +162,18 @@ func (b *box) run(ctx context.Context, begin func(context.Context) (ended *runti
 	}
 }
 
+// finish does for a sandbox that was Stopped before a restart what is done
+// after Stopped.
+func (b *box) finish(ctx context.Context) {
+	if b.release(ctx) && b.record().Spec.AutoRemove {
+		b.autoRemove(ctx)
+	}
+}
+
+// killAgain is how long KILL may take to end a command before it is sent again:
+// what had to carry it may have been away.
+const killAgain = 5 * time.Second
+
 // follow waits until the command has ended, whoever ends it: itself, a request,
 // its lifetime. nil means that it is not known how, or ctx is over.
 func (b *box) follow(ctx context.Context, task runtime.Task) *runtime.Exit {
@@ -156,8 +184,14 @@ func (b *box) follow(ctx context.Context, task runtime.Task) *runtime.Exit {
 		exits <- b.waitExit(waitCtx, task)
 		return nil
 	})
-	var kill <-chan time.Time
-	var ttl <-chan time.Time
+	var kill, ttl <-chan time.Time
+	var killAt time.Time // of the most impatient request
+	end := func(grace time.Duration) {
+		grace = b.terminate(ctx, task, grace)
+		if at := time.Now().Add(grace); killAt.IsZero() || at.Before(killAt) {
+			killAt, kill = at, time.After(grace)
+		}
+	}
 	rec := b.record()
 	if rec.Spec.TTL > 0 {
 		left := rec.Spec.TTL - (b.s.cfg.BootTime() - rec.StartedBoot)
@@ -166,23 +200,24 @@ func (b *box) follow(ctx context.Context, task runtime.Task) *runtime.Exit {
 		ttl = timer.C
 	}
 	if rec.Stop != nil { // asked for before a restart
-		kill = b.terminate(ctx, task, max(time.Until(rec.Stop.At.Add(rec.Stop.Grace)), 0))
+		end(max(time.Until(rec.Stop.At.Add(rec.Stop.Grace)), 0))
 	}
 	for {
 		select {
 		case exit := <-exits:
 			return exit
 		case grace := <-b.stop:
-			if k := b.terminate(ctx, task, grace); kill == nil || grace == 0 {
-				kill = k
+			if stop := b.record().Stop; stop != nil { // an impatient one may have found the channel full
+				grace = min(grace, max(time.Until(stop.At.Add(stop.Grace)), 0))
 			}
+			end(grace)
 		case <-ttl:
 			ttl = nil
 			if err := b.requestStop(sandbox.StopRequest{Reason: sandbox.TTL, By: "bulkhead", Grace: b.s.cfg.Grace, At: time.Now().UTC()}); err != nil {
 				b.s.cfg.Log.Error("record the end of a lifetime", "sandbox", rec.ID, "err", err)
 			}
 		case <-kill:
-			kill = nil
+			kill = time.After(killAgain)
 			b.kill(ctx, task)
 		case <-ctx.Done():
 			return nil
@@ -190,10 +225,10 @@ func (b *box) follow(ctx context.Context, task runtime.Task) *runtime.Exit {
 	}
 }
 
-// terminate asks the command to end and answers when to stop asking. A first
-// process of a pid namespace never gets a signal that it has no handler for,
-// so without one there is nothing to wait for.
-func (b *box) terminate(ctx context.Context, task runtime.Task, grace time.Duration) <-chan time.Time {
+// terminate asks the command to end and answers how long to wait for that. A
+// first process of a pid namespace never gets a signal that it has no handler
+// for, so without one there is nothing to wait for.
+func (b *box) terminate(ctx context.Context, task runtime.Task, grace time.Duration) time.Duration {
 	if grace > 0 && !catches(task.PID(), syscall.SIGTERM) {
 		b.note("stop", "the command does not handle TERM: killed at once")
 		grace = 0
@@ -203,7 +238,7 @@ func (b *box) terminate(ctx context.Context, task runtime.Task, grace time.Durat
 			b.s.cfg.Log.Warn("send TERM", "sandbox", task.ID(), "err", err)
 		}
 	}
-	return time.After(grace)
+	return grace
 }
 
 // kill sends KILL to everything in the sandbox: through its cgroup, which needs

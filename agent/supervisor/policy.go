@@ -54,32 +54,49 @@ func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, 
 			s.cfg.Log.Warn("close usage intervals before a change of policy", "err", err)
 		}
 	}
-	for i := range changes {
-		c := &changes[i]
-		if c.from, err = c.b.setPolicy(c.to); err == nil {
-			continue
-		}
-		for _, done := range changes[:i] {
+	back := func(err error, changed []change) error {
+		for _, done := range changed {
 			if _, uerr := done.b.setPolicy(done.from); uerr != nil {
 				err = errors.Join(err, fmt.Errorf("put back: %w", uerr))
 			}
 		}
-		return 0, err
+		if uerr := s.limit(old); uerr != nil {
+			err = errors.Join(err, fmt.Errorf("put back: %w", uerr))
+		}
+		return err
 	}
-	s.tenants.Store(set)
-	for _, t := range old.All() {
-		if s.InUse(t.Path).Sandboxes > 0 {
-			if err := s.ensureTenant(t.Path); err != nil {
-				return len(changes), fmt.Errorf("policies are in force, limits are not: %w", err)
-			}
+	if err := s.limit(set); err != nil {
+		return 0, back(err, nil)
+	}
+	for i := range changes {
+		c := &changes[i]
+		if c.from, err = c.b.setPolicy(c.to); err != nil {
+			return 0, back(err, changes[:i])
 		}
 	}
+	s.tenants.Store(set)
+	s.warn("limits", "")
 	return len(changes), nil
+}
+
+// limit gives the cgroups of all tenants that are in use their limits in set.
+func (s *Supervisor) limit(set *tenant.Set) error {
+	for _, t := range set.All() {
+		if s.InUse(t.Path).Sandboxes == 0 {
+			continue
+		}
+		if err := s.cfg.Cgroups.Ensure(string(t.Path), t.Quota); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // setPolicy swaps the policy of one sandbox. When it returns without an error
 // the new one judges the next packet; else the old one still does.
 func (b *box) setPolicy(to netpol.Program) (from netpol.Program, err error) {
+	b.repair.Lock() // a repair that has begun must not put the old one back
+	defer b.repair.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	from = b.program
@@ -99,6 +116,7 @@ func (b *box) setPolicy(to netpol.Program) (from netpol.Program, err error) {
 	if b.rec.State != sandbox.Placed { // Placed: start sees that it moved
 		b.attached = next.PolicyRev
 	}
+	b.s.publish(next.Clone(), false)
 	return from, nil
 }
 
@@ -121,26 +139,34 @@ func (s *Supervisor) verifyLoop(ctx context.Context) {
 			if rec.State != sandbox.Running {
 				continue
 			}
-			b, err := s.box(rec.ID)
-			if err != nil {
-				continue
+			if b, err := s.box(rec.ID); err == nil {
+				b.verify(ctx)
 			}
-			b.mu.Lock()
-			ifindex := b.ifindex
-			b.mu.Unlock()
-			err = s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex)
-			if err == nil || b.record().State != sandbox.Running {
-				continue
-			}
-			if derr := s.cfg.Links.Down(rec.ID); derr != nil {
-				s.cfg.Log.Error("take link down", "sandbox", rec.ID, "err", derr)
-			}
-			b.note("drift", "link down until repaired: %v", err)
-			if err := b.reattach(ctx); err != nil {
-				b.cutOff(err)
-				continue
-			}
-			b.note("repaired", "egress enforced again")
 		}
 	}
+}
+
+func (b *box) verify(ctx context.Context) {
+	b.repair.Lock()
+	defer b.repair.Unlock()
+	b.mu.Lock()
+	ifindex := b.ifindex
+	b.mu.Unlock()
+	rec := b.record()
+	if rec.State != sandbox.Running || ifindex == 0 { // 0: not adopted yet, which verifies too
+		return
+	}
+	err := b.s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex)
+	if err == nil || b.record().State != sandbox.Running {
+		return
+	}
+	if derr := b.s.cfg.Links.Down(rec.ID); derr != nil {
+		b.s.cfg.Log.Error("take link down", "sandbox", rec.ID, "err", derr)
+	}
+	b.note("drift", "link down until repaired: %v", err)
+	if err := b.reattach(ctx); err != nil {
+		b.cutOff(err)
+		return
+	}
+	b.note("repaired", "egress enforced again")
 }

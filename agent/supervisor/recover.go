@@ -34,20 +34,20 @@ func (b *box) adopt(ctx context.Context) *runtime.Exit {
 		return nil
 	}
 	defer b.closeLaunched()
-	task := b.findTask(ctx)
+	task, state := b.findTask(ctx)
 	if task == nil {
 		return nil
 	}
 	b.mu.Lock()
 	b.task = task
+	b.neverRan = state == runtime.StateCreated // crashed between recording Running and starting
 	b.mu.Unlock()
-	if st, err := task.Status(ctx); err == nil && st.State == runtime.StateCreated {
-		b.mu.Lock()
-		b.neverRan = true // crashed between recording Running and starting
-		b.mu.Unlock()
+	if state == runtime.StateCreated {
 		return nil
 	}
-	b.reenforce(ctx)
+	if state != runtime.StateStopped { // else nobody is there to be enforced
+		b.reenforce(ctx)
+	}
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -57,19 +57,23 @@ func (b *box) adopt(ctx context.Context) *runtime.Exit {
 }
 
 // findTask asks until the runtime gives a certain answer; nil is gone.
-func (b *box) findTask(ctx context.Context) runtime.Task {
+func (b *box) findTask(ctx context.Context) (runtime.Task, runtime.State) {
 	backoff := 50 * time.Millisecond
 	for {
 		task, err := b.s.cfg.Runtime.Find(ctx, b.id)
+		var st runtime.Status
+		if err == nil {
+			st, err = task.Status(ctx)
+		}
 		switch {
 		case err == nil:
-			return task
+			return task, st.State
 		case errors.Is(err, runtime.ErrNotFound), ctx.Err() != nil:
-			return nil
+			return nil, ""
 		}
 		b.s.cfg.Log.Warn("find sandbox after restart; asking again", "sandbox", b.id, "err", err)
 		if !sleep(ctx, backoff) {
-			return nil
+			return nil, ""
 		}
 		backoff = min(2*backoff, 5*time.Second)
 	}
@@ -78,6 +82,9 @@ func (b *box) findTask(ctx context.Context) runtime.Task {
 // reenforce makes sure that an adopted sandbox is enforced with the policy
 // that its tenant has today. What cannot be enforced is cut off and stopped.
 func (b *box) reenforce(ctx context.Context) {
+	b.s.admission.Lock() // no reload between what its tenant has today and the record
+	b.repair.Lock()
+	defer b.repair.Unlock()
 	rec := b.record()
 	prog, err := compile(b.s.Tenants(), rec.Spec)
 	if err == nil && prog.Digest != rec.PolicyDigest {
@@ -92,6 +99,9 @@ func (b *box) reenforce(ctx context.Context) {
 		b.mu.Lock()
 		b.program = prog
 		b.mu.Unlock()
+	}
+	b.s.admission.Unlock()
+	if err == nil {
 		err = b.reattach(ctx)
 	}
 	if err != nil && ctx.Err() == nil {

@@ -121,9 +121,11 @@ func (b *box) doSteps(ctx context.Context) error {
 				if err := b.s.fault(st.name + ":do"); err != nil {
 					return fmt.Errorf("step %s: %w", st.name, err)
 				}
+				began := time.Now()
 				if err := st.do(ctx); err != nil {
 					return fmt.Errorf("step %s: %w", st.name, err)
 				}
+				b.s.cfg.Log.Debug("launch step", "sandbox", b.id, "step", st.name, "took", time.Since(began))
 				if err := b.s.fault(st.name + ":done"); err != nil {
 					return fmt.Errorf("step %s: %w", st.name, err)
 				}
@@ -142,6 +144,9 @@ func (b *box) doSteps(ctx context.Context) error {
 // failLaunch records why the command never ran. If not even that can be
 // written, teardown tries again.
 func (b *box) failLaunch(err error) {
+	b.mu.Lock()
+	b.launchErr = err
+	b.mu.Unlock()
 	uerr := b.update(func(r *sandbox.Record) error {
 		r.Exit = &sandbox.Exit{Reason: sandbox.LaunchFailed, Code: -1, Message: err.Error(), Time: time.Now().UTC()}
 		r.Log(time.Now(), "launch_failed", "%v", err)
@@ -214,6 +219,10 @@ func (b *box) quiesce(ctx context.Context) error {
 	if rec.Started.IsZero() || rec.Final != nil {
 		return nil
 	}
+	// A sample of the meter's own must not come between: it would lie after
+	// the last one.
+	b.s.metering.Lock()
+	defer b.s.metering.Unlock()
 	sample := b.s.lastSample(rec)
 	return b.update(func(r *sandbox.Record) error {
 		r.Final = &sample
@@ -227,6 +236,8 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 	if !b.persist(ctx, "stopping", func(r *sandbox.Record) error { return b.conclude(r, ended) }) {
 		return
 	}
+	b.repair.Lock() // one that has begun ends; one that comes later sees Stopping
+	b.repair.Unlock()
 	b.closeLaunched()
 	steps := b.steps()
 	for i := len(steps) - 1; i >= 0; i-- {
@@ -247,14 +258,23 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 		r.Log(time.Now(), "stopped", "%s", r.Exit.Message)
 		return r.To(sandbox.Stopped)
 	})
-	if !ok || !b.until(ctx, "release", func() error { return b.s.cfg.Store.Release(rec.ID) }) {
+	if !ok || !b.release(ctx) {
 		return
-	}
-	if err := b.s.cfg.Spool.Forget(rec.ID); err != nil {
-		b.s.cfg.Log.Warn("forget usage index", "sandbox", rec.ID, "err", err)
 	}
 	b.s.cfg.Log.Info("sandbox stopped", "sandbox", rec.ID, "tenant", rec.Spec.Tenant, "reason", rec.Exit.Reason, "code", rec.Exit.Code)
 	close(b.stopped)
+}
+
+// release gives back what a Stopped sandbox still holds. Stopped is on disk
+// first, so after a crash in between the next agent does it.
+func (b *box) release(ctx context.Context) bool {
+	if !b.until(ctx, "release", func() error { return b.s.cfg.Store.Release(b.id) }) {
+		return false
+	}
+	if err := b.s.cfg.Spool.Forget(b.id); err != nil {
+		b.s.cfg.Log.Warn("forget usage index", "sandbox", b.id, "err", err)
+	}
+	return true
 }
 
 // conclude moves a record to Stopping and says how the command ended. The
@@ -271,7 +291,10 @@ func (b *box) conclude(r *sandbox.Record, ended *runtime.Exit) error {
 	if ended == nil {
 		r.Exit = &sandbox.Exit{Reason: sandbox.LostExit, Code: -1, Time: time.Now().UTC(),
 			Message: "the machine no longer has it: the node was rebooted or the runtime lost it"}
-		if r.Started.IsZero() || b.neverRan {
+		switch {
+		case b.launchErr != nil:
+			r.Exit.Reason, r.Exit.Message = sandbox.LaunchFailed, b.launchErr.Error()
+		case r.Started.IsZero() || b.neverRan:
 			r.Exit.Reason, r.Exit.Message = sandbox.LaunchFailed, "the agent was restarted during the launch"
 		}
 		return nil

@@ -23,9 +23,8 @@
 // shims), the store's records and the meter's marks. Run adopts what it finds.
 // It destroys only what a record of ours says is ours and finished.
 //
-// Lock order: Supervisor.admission, then Supervisor.mu, then box.mu.
-// Supervisor.metering is taken alone or before box.mu; it is never held
-// while admission is wanted.
+// Lock order: Supervisor.admission, then Supervisor.metering, then box.repair,
+// then Supervisor.mu, then box.mu, then Supervisor.watching.
 package supervisor
 
 import (
@@ -51,16 +50,16 @@ import (
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
 
-// ErrNotFound: no sandbox answers to that reference.
+// ErrNotFound says: no sandbox answers to that reference.
 var ErrNotFound = errors.New("no such sandbox")
 
-// ErrAmbiguous: several sandboxes answer to that reference.
+// ErrAmbiguous says: several sandboxes answer to that reference.
 var ErrAmbiguous = errors.New("several sandboxes answer to it")
 
-// ErrNotStopped: it must be stopped first.
+// ErrNotStopped says: it must be stopped first.
 var ErrNotStopped = errors.New("is not stopped")
 
-// ErrLeaving: the agent is on its way out and starts nothing.
+// ErrLeaving says: the agent is on its way out and starts nothing.
 var ErrLeaving = errors.New("the agent is stopping")
 
 // Store keeps records and meter marks; agent/store is the real one.
@@ -178,11 +177,13 @@ type Supervisor struct {
 	settled   bool // every mark's pending records are in the spool
 
 	mu       sync.Mutex
-	boxes    map[string]*box // +checklocks:mu
-	subs     map[*Subscription]struct{}
-	warnings map[string]string
+	boxes    map[string]*box   // +checklocks:mu
+	warnings map[string]string // +checklocks:mu
 	group    *errgroup.Group
 	runCtx   context.Context
+
+	watching sync.Mutex
+	subs     map[*Subscription]struct{} // +checklocks:watching
 }
 
 // New makes a Supervisor from what the store knows. Nothing runs before Run.
@@ -202,7 +203,11 @@ func New(cfg Config) (*Supervisor, error) {
 		return nil, err
 	}
 	for _, rec := range recs {
-		s.boxes[rec.ID] = newBox(s, rec)
+		b := newBox(s, rec)
+		if prog, err := compile(cfg.Tenants, rec.Spec); err == nil && rec.State.Live() && prog.Digest == rec.PolicyDigest {
+			b.program = prog // else adopt gives it what its tenant has today
+		}
+		s.boxes[rec.ID] = b
 	}
 	return s, nil
 }
@@ -214,14 +219,23 @@ func (s *Supervisor) Run(ctx context.Context, ready chan<- struct{}) error {
 	group, ctx := errgroup.WithContext(ctx)
 	s.mu.Lock()
 	s.group, s.runCtx = group, ctx
-	var adopt []*box
+	var adopt, stopped []*box
 	for _, b := range s.boxes {
 		if b.record().State.Live() {
 			adopt = append(adopt, b)
+		} else {
+			stopped = append(stopped, b)
 		}
 	}
 	s.mu.Unlock()
 	s.sweep(ctx)
+	if err := s.limit(s.Tenants()); err != nil { // they may have changed while no agent ran
+		s.cfg.Log.Error("limit tenants", "err", err)
+		s.warn("limits", fmt.Sprintf("tenants' cgroups do not have the limits of their files: %v", err))
+	}
+	for _, b := range stopped {
+		group.Go(func() error { b.finish(ctx); return nil })
+	}
 	for _, b := range adopt {
 		group.Go(func() error { b.run(ctx, b.adopt); return nil })
 	}
@@ -257,8 +271,7 @@ func (s *Supervisor) Create(ctx context.Context, spec sandbox.Spec, by string) (
 	if d := admit.Decide(set, s.node(), s.claims(), claim); d != nil {
 		return sandbox.Record{}, d // refused before the image is looked up, and once more below
 	}
-	prog, err := compile(set, spec)
-	if err != nil {
+	if _, err := compile(set, spec); err != nil {
 		return sandbox.Record{}, err
 	}
 	img, err := s.cfg.Runtime.Image(ctx, spec.Image)
@@ -267,14 +280,13 @@ func (s *Supervisor) Create(ctx context.Context, spec sandbox.Spec, by string) (
 	}
 	rec := sandbox.Record{
 		ID: id, Spec: spec, State: sandbox.Admitted, CreatedBy: by, Created: time.Now().UTC(),
-		ImageDigest: img.Digest, PolicyRev: 1, PolicyDigest: prog.Digest, BootID: s.cfg.BootID, NotEnforced: s.cfg.NotEnforced,
+		ImageDigest: img.Digest, PolicyRev: 1, BootID: s.cfg.BootID, NotEnforced: s.cfg.NotEnforced,
 	}
 	rec.Log(rec.Created, "created", "by %s, image %s", by, img.Digest)
-	b, err := s.reserve(set, rec, claim)
+	b, err := s.reserve(rec, claim)
 	if err != nil {
 		return sandbox.Record{}, err
 	}
-	b.program = prog
 	s.mu.Lock()
 	group, runCtx := s.group, s.runCtx
 	s.mu.Unlock()
@@ -282,19 +294,25 @@ func (s *Supervisor) Create(ctx context.Context, spec sandbox.Spec, by string) (
 	return b.record(), nil
 }
 
-// reserve decides once more, now alone, and puts decision, reservation and
-// intent on disk in one transaction.
-func (s *Supervisor) reserve(set *tenant.Set, rec sandbox.Record, claim admit.Claim) (*box, error) {
+// reserve decides once more, now alone and by the tenants that are in force
+// now, and puts decision, reservation and intent on disk in one transaction.
+func (s *Supervisor) reserve(rec sandbox.Record, claim admit.Claim) (*box, error) {
 	s.admission.Lock()
 	defer s.admission.Unlock()
+	set := s.tenants.Load()
 	if d := admit.Decide(set, s.node(), s.claims(), claim); d != nil {
 		return nil, d
 	}
-	rec, err := s.cfg.Store.Reserve(rec, s.cfg.MaxSlot)
+	prog, err := compile(set, rec.Spec)
 	if err != nil {
 		return nil, err
 	}
+	rec.PolicyDigest = prog.Digest
+	if rec, err = s.cfg.Store.Reserve(rec, s.cfg.MaxSlot); err != nil {
+		return nil, err
+	}
 	b := newBox(s, rec)
+	b.program = prog
 	s.mu.Lock()
 	s.boxes[rec.ID] = b
 	s.mu.Unlock()
@@ -332,7 +350,11 @@ func (s *Supervisor) Launched(ctx context.Context, id string) (sandbox.Record, e
 	}
 	select {
 	case <-b.launched:
-		return b.record(), nil
+		rec := b.record()
+		if rec.State == sandbox.Admitted || rec.State == sandbox.Placed {
+			return sandbox.Record{}, ErrLeaving // the next agent undoes what there is
+		}
+		return rec, nil
 	case <-ctx.Done():
 		return sandbox.Record{}, ctx.Err()
 	}
@@ -390,6 +412,10 @@ func (s *Supervisor) Delete(id string) error {
 	if rec.State.Live() {
 		return fmt.Errorf("sandbox %s %w: it is %s", rec.Spec.Name, ErrNotStopped, rec.State)
 	}
+	// The log first: nothing would lead to it once the record is gone.
+	if err := s.cfg.RemoveLog(id); err != nil {
+		return fmt.Errorf("remove log of sandbox %s: %w", id, err)
+	}
 	if err := s.cfg.Store.Delete(id); err != nil {
 		return err
 	}
@@ -400,7 +426,7 @@ func (s *Supervisor) Delete(id string) error {
 	delete(s.marks, id)
 	s.metering.Unlock()
 	s.publish(rec, true)
-	return s.cfg.RemoveLog(id)
+	return nil
 }
 
 // Task answers the running task of a sandbox, for exec and attach.
@@ -461,8 +487,7 @@ func (s *Supervisor) List() []sandbox.Record {
 }
 
 // Find resolves a reference among the sandboxes that may says yes to: an id, a
-// prefix of an id of at least 4 characters, tenant:name, or a name. A name
-// prefers a live sandbox over stopped ones.
+// prefix of an id of at least 4 characters, tenant:name, or a name.
 func (s *Supervisor) Find(ref string, may func(tenant.Path) bool) (sandbox.Record, error) {
 	var hits []sandbox.Record
 	for _, rec := range s.List() {

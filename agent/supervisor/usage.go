@@ -42,6 +42,9 @@ func (s *Supervisor) MeterNow(ctx context.Context, flush bool) error {
 		if rec.State != sandbox.Running && rec.State != sandbox.Paused || rec.Started.IsZero() || rec.Final != nil {
 			continue
 		}
+		if rec.BootID != s.cfg.BootID {
+			continue // lost: adoption closes it
+		}
 		sample := s.sample(rec)
 		more, mark, err := meter.Advance(s.subject(rec), s.mark(rec), sample, flush, false)
 		if err != nil {
@@ -101,12 +104,30 @@ func (s *Supervisor) settle(ctx context.Context) error {
 		}
 		recs = append(recs, more...)
 	}
-	if len(recs) > 0 {
-		if err := s.cfg.Spool.Append(ctx, recs); err != nil {
-			return err
-		}
+	if err := s.spool(ctx, recs); err != nil {
+		return err
 	}
 	s.settled = true
+	return nil
+}
+
+// maxBatch is how many records go into the spool at once, give or take those of
+// one sandbox: the smallest spool has room for so many.
+const maxBatch = 512
+
+// spool appends records. Those of one sandbox stand together, and go together:
+// the spool takes a batch that ends before what it has for a contradiction.
+func (s *Supervisor) spool(ctx context.Context, recs []*usagev1.Record) error {
+	for len(recs) > 0 {
+		n := min(len(recs), maxBatch)
+		for n < len(recs) && recs[n].Sandbox == recs[n-1].Sandbox {
+			n++
+		}
+		if err := s.cfg.Spool.Append(ctx, recs[:n]); err != nil {
+			return err
+		}
+		recs = recs[n:]
+	}
 	return nil
 }
 
@@ -123,7 +144,7 @@ func (s *Supervisor) commit(ctx context.Context, next map[string]meter.Mark, rec
 	if err := s.fault("usage:marked"); err != nil {
 		return err
 	}
-	if err := s.cfg.Spool.Append(ctx, recs); err != nil {
+	if err := s.spool(ctx, recs); err != nil {
 		return err
 	}
 	s.settled = true
@@ -171,8 +192,8 @@ func (s *Supervisor) sample(rec sandbox.Record) meter.Sample {
 	return out
 }
 
-// lastSample is sample for a sandbox that has ended: nobody is in it, so it
-// uses no memory. After a reboot there is nothing left to read.
+// lastSample is sample for a sandbox that has ended. After a reboot there is
+// nothing left to read.
 func (s *Supervisor) lastSample(rec sandbox.Record) meter.Sample {
 	if rec.BootID != s.cfg.BootID {
 		return meter.Sample{Wall: time.Now().UTC(), Boot: s.cfg.BootTime(), BootID: s.cfg.BootID}

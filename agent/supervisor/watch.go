@@ -26,19 +26,20 @@ const subscriptionDepth = 8192
 // changes from here on.
 func (s *Supervisor) Subscribe() ([]sandbox.Record, *Subscription) {
 	sub := &Subscription{C: make(chan Change, subscriptionDepth), s: s}
-	s.mu.Lock()
+	s.watching.Lock()
 	s.subs[sub] = struct{}{}
-	s.mu.Unlock()
+	s.watching.Unlock()
 	return s.List(), sub
 }
 
 // Close ends the subscription.
 func (sub *Subscription) Close() {
-	sub.s.mu.Lock()
-	defer sub.s.mu.Unlock()
+	sub.s.watching.Lock()
+	defer sub.s.watching.Unlock()
 	sub.s.drop(sub)
 }
 
+// drop ends a subscription once. The caller holds watching.
 func (s *Supervisor) drop(sub *Subscription) {
 	if !sub.closed {
 		sub.closed = true
@@ -48,8 +49,8 @@ func (s *Supervisor) drop(sub *Subscription) {
 }
 
 func (s *Supervisor) publish(rec sandbox.Record, deleted bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.watching.Lock()
+	defer s.watching.Unlock()
 	for sub := range s.subs {
 		select {
 		case sub.C <- Change{Record: rec, Deleted: deleted}:

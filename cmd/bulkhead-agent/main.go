@@ -39,7 +39,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, "bulkhead-agent", version)
 		return 0
 	case *sample:
-		stdout.Write(config.Sample)
+		_, _ = stdout.Write(config.Sample)
 		return 0
 	}
 	cfg, err := config.Load(*file)
@@ -56,6 +56,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	log := slog.New(cfg.LogHandler(stderr))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends it at once, which is safe
 	err = agent.Run(ctx, agent.Options{
 		Config: cfg, Version: version, Log: log,
 		Notify: func(state string) { _, _ = daemon.SdNotify(false, state) }, // no systemd, nobody to tell

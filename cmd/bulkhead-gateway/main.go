@@ -26,8 +26,8 @@ type usageError struct{ error } // a command line that cannot be used
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	err := command().ExecuteContext(ctx)
+	stop()
 	if err == nil {
 		return
 	}

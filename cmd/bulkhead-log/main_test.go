@@ -147,7 +147,7 @@ func TestLogs(t *testing.T) {
 		t.Errorf("exit: %v: %s", err, &l.errText)
 	}
 	out, errs := text(t, dir)
-	if want := "one\n" + long + "\nno newline\n"; out != want {
+	if want := "one\n" + long + "\nno newline"; out != want {
 		t.Errorf("stdout: got %.60q, want %.60q", out, want)
 	}
 	if errs != "two\n" {
@@ -192,7 +192,7 @@ func TestSignals(t *testing.T) {
 	if err := l.wait(t, 2*grace); err != nil {
 		t.Errorf("exit: %v", err)
 	}
-	if out, _ := text(t, dir); out != "after the signals\nlast words\n" {
+	if out, _ := text(t, dir); out != "after the signals\nlast words" {
 		t.Errorf("got %q", out)
 	}
 }

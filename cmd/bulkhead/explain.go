@@ -61,7 +61,8 @@ nothing is counted. PROTOCOL is tcp, udp or icmp; icmp has no port.`,
 func flow(ref, protocol, target string) (*nodev1.ExplainRequest, error) {
 	protocol = strings.ToLower(protocol)
 	req := &nodev1.ExplainRequest{Ref: ref, Protocol: protocol}
-	host, port := target, ""
+	host := target
+	var port string
 	switch protocol {
 	case "tcp", "udp":
 		if _, err := netip.ParseAddr(strings.Trim(target, "[]")); err == nil && !strings.Contains(target, "]:") {

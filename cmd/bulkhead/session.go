@@ -82,7 +82,7 @@ func (c *cli) converse(ctx context.Context, v conversation) (code int, err error
 		}
 		if _, broken = w.Write(p); broken != nil {
 			// What the kernel would tell a command whose reader is gone.
-			s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Signal{Signal: int32(syscall.SIGPIPE)}})
+			_ = s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Signal{Signal: int32(syscall.SIGPIPE)}})
 		}
 	}
 	for {
@@ -119,7 +119,7 @@ func pump(from io.Reader, s *sender) {
 			}
 		}
 		if err != nil {
-			s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_CloseStdin{CloseStdin: true}})
+			_ = s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_CloseStdin{CloseStdin: true}})
 			return
 		}
 	}
@@ -132,7 +132,7 @@ func forward(ctx context.Context, signals <-chan os.Signal, s *sender) {
 			return
 		case sig := <-signals:
 			if n, ok := sig.(syscall.Signal); ok && n != syscall.SIGPIPE {
-				s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Signal{Signal: int32(n)}})
+				_ = s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Signal{Signal: int32(n)}})
 			}
 		}
 	}
@@ -149,7 +149,7 @@ func (c *cli) resizes(ctx context.Context, s *sender) {
 			return
 		case <-winch:
 			if rows, cols := c.size(); rows > 0 {
-				s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Resize{Resize: &nodev1.Resize{Rows: rows, Cols: cols}}})
+				_ = s.send(&nodev1.ExecRequest{Message: &nodev1.ExecRequest_Resize{Resize: &nodev1.Resize{Rows: rows, Cols: cols}}})
 			}
 		}
 	}
@@ -198,7 +198,7 @@ func (c *cli) raw() (restore func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the terminal raw: %w", err)
 	}
-	return func() { term.Restore(fd, old) }, nil
+	return func() { _ = term.Restore(fd, old) }, nil
 }
 
 func notFound(err error) bool { return status.Code(err) == codes.NotFound }
@@ -252,7 +252,7 @@ func (p *progress) done() {
 		p.timer.Stop()
 	}
 	if p.shown {
-		io.WriteString(p.w, "\r\x1b[K")
+		fmt.Fprint(p.w, "\r\x1b[K")
 	}
 	p.w, p.shown = nil, false
 }

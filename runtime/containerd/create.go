@@ -67,11 +67,11 @@ func (r *Runtime) Create(ctx context.Context, s runtime.Spec) (_ runtime.Task, e
 	if err != nil {
 		return nil, err
 	}
-	user, err := r.imageUser(ctx, image, s.User)
+	who, err := r.imageUser(ctx, image, s.User)
 	if err != nil {
 		return nil, err
 	}
-	spec, err := bundle{spec: s, image: image, user: user, limits: readHostLimits()}.build(ctx, r.cfg.Namespace)
+	spec, err := bundle{spec: s, image: image, who: who, limits: readHostLimits()}.build(ctx, r.cfg.Namespace)
 	if err != nil {
 		return nil, err
 	}

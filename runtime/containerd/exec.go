@@ -289,6 +289,14 @@ func (t *task) execProcess(spec runtime.ExecSpec) (*specs.Process, error) {
 	if spec.Terminal {
 		p.Env = mergeEnv([]string{termEnv}, p.Env)
 	}
+	if spec.User != "" {
+		who, err := t.r.liveUser(t, spec.User)
+		if err != nil {
+			return nil, err
+		}
+		p.User = who.user
+		p.Env = mergeEnv(p.Env, []string{homeEnv + who.home})
+	}
 	p.Env = mergeEnv(p.Env, spec.Env)
 	if spec.Workdir != "" {
 		p.Cwd = spec.Workdir
@@ -297,13 +305,6 @@ func (t *task) execProcess(spec runtime.ExecSpec) (*specs.Process, error) {
 	p.ConsoleSize = nil
 	if spec.Terminal && spec.Rows > 0 && spec.Cols > 0 {
 		p.ConsoleSize = &specs.Box{Height: uint(spec.Rows), Width: uint(spec.Cols)}
-	}
-	if spec.User != "" {
-		user, err := t.r.liveUser(t, spec.User)
-		if err != nil {
-			return nil, err
-		}
-		p.User = user
 	}
 	p.Capabilities = capabilitiesOf(p.User)
 	return &p, nil

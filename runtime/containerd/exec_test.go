@@ -42,6 +42,11 @@ func TestExecIsConfined(t *testing.T) {
 			}
 		}
 	}
+	for user, home := range map[string]string{"": "/home/agent", "root": "/root", "77": "/"} {
+		if _, out := execOut(t, task, runtime.ExecSpec{Command: []string{"sh", "-c", "echo $HOME"}, User: user}); out != home+"\n" {
+			t.Errorf("home of %q: got %q, want %s", user, out, home)
+		}
+	}
 	_, out := execOut(t, task, runtime.ExecSpec{Command: []string{"id"}})
 	if !strings.HasPrefix(out, "uid=1000(agent) gid=1000(agent)") {
 		t.Errorf("got %q", out)
@@ -199,7 +204,7 @@ func TestOutputWaitsForRelay(t *testing.T) {
 func TestSlowReaderIsCutOff(t *testing.T) {
 	r := start(t)
 	r.slowReader = 300 * time.Millisecond
-	s := newSpec(t, r, "sh", "-c", "yes | head -c 20000000; echo over; sleep 1000")
+	s := newSpec(t, r, "sh", "-c", "yes "+strings.Repeat("x", 300)+" | head -c 5000000; echo over; sleep 1000")
 	s.Stdin = true
 	s.LogFiles = 2
 	task, err := r.Create(t.Context(), s)
@@ -207,7 +212,6 @@ func TestSlowReaderIsCutOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	stuck := &stuckWriter{release: make(chan struct{})}
-	defer close(stuck.release)
 	slow := make(chan error, 1)
 	go func() { slow <- task.Attach(t.Context(), runtime.IO{Stdout: stuck}) }()
 	quick := make(chan error, 1)
@@ -219,16 +223,18 @@ func TestSlowReaderIsCutOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	over := errors.New("over")
-	err = logs.Read(t.Context(), s.LogDir, logs.Options{Follow: true}, func(l logs.Line) error {
-		if string(l.Text) == "over" {
+	bounded, stop := context.WithTimeout(t.Context(), patience)
+	defer stop()
+	err = logs.Read(bounded, s.LogDir, logs.Options{Follow: true}, func(l logs.Line) error {
+		if strings.HasSuffix(string(l.Text), "over") {
 			return over
 		}
 		return nil
 	})
+	close(stuck.release)
 	if !errors.Is(err, over) {
 		t.Fatal(err)
 	}
-	stuck.release <- struct{}{}
 	if err := <-slow; !errors.Is(err, runtime.ErrSlowReader) {
 		t.Errorf("slow reader: got %v", err)
 	}

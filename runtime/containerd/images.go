@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"sync"
@@ -18,11 +19,13 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 
 	"github.com/bulkheadhq/bulkhead/runtime"
 )
@@ -222,8 +225,16 @@ func (r *Runtime) leased(ctx context.Context, f func(context.Context) error) (er
 			err = errors.Join(err, fmt.Errorf("delete lease: %w", derr))
 		}
 	}()
-	return f(leases.WithLease(ctx, lease.ID))
+	// containerd's libraries log what they also answer as errors.
+	return f(log.WithLogger(leases.WithLease(ctx, lease.ID), quiet))
 }
+
+// quiet drops what it is told.
+var quiet = func() *log.Entry {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	return logrus.NewEntry(l)
+}()
 
 // Pull fetches an image from its registry and unpacks it.
 func (r *Runtime) Pull(ctx context.Context, ref string, plainHTTP bool) (runtime.Image, error) {

@@ -189,6 +189,10 @@ func (r *Runtime) setImage(ctx context.Context, img images.Image) (images.Image,
 	if isNotFound(err) {
 		stored, err = is.Create(ctx, img)
 	}
+	if isExists(err) {
+		// Somebody else was quicker to give the name; the last one has it.
+		stored, err = is.Update(ctx, img, "target")
+	}
 	if err != nil {
 		return images.Image{}, fmt.Errorf("name image %s: %w", img.Name, err)
 	}

@@ -200,6 +200,11 @@ func (l *relay) serve(ctx context.Context, stdio runtime.IO) error {
 			if !ok {
 				return nil
 			}
+			select {
+			case <-c.slow:
+				return runtime.ErrSlowReader // what still waits is not all
+			default:
+			}
 			w := stdio.Stdout
 			if p.stream == logs.Stderr {
 				w = stdio.Stderr

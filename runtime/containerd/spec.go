@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,6 +73,7 @@ var maskedPaths = []string{
 const (
 	defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+	homeEnv = "HOME="
 	termEnv = "TERM=xterm" // of processes with a terminal
 
 	cpuPeriodUsec = 100_000
@@ -92,7 +94,7 @@ const (
 type bundle struct {
 	spec   runtime.Spec
 	image  imageInfo
-	user   specs.User
+	who    persona
 	limits hostLimits
 }
 
@@ -183,9 +185,10 @@ func (b bundle) build(ctx context.Context, namespace string) (*specs.Spec, error
 		oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: s.NetnsPath}),
 		oci.WithCgroup("/" + s.CgroupPath),
 		withPaths,
-		withProcess(s.Terminal, b.user, b.limits),
+		withProcess(s.Terminal, b.who.user, b.limits),
 		withResources(resources),
-		seccomp.WithDefaultProfile(), // looks at the capabilities: keep last
+		seccomp.WithDefaultProfile(), // looks at the capabilities: keep after them
+		withNativeCalls,
 	}
 	spec, err := oci.GenerateSpec(namespaces.WithNamespace(ctx, namespace), nil, &containers.Container{ID: s.ID}, opts...)
 	if err != nil {
@@ -193,6 +196,24 @@ func (b bundle) build(ctx context.Context, namespace string) (*specs.Spec, error
 	}
 	return spec, nil
 }
+
+// withNativeCalls leaves only the kernel's own system call table in the seccomp
+// profile. The default one repeats every rule for the 32-bit tables, which are
+// attack surface that no image for this platform needs; a call through them now
+// kills the caller. It also costs: runc compiles the filter for every start, 50
+// of 150 ms with three tables, 4 with one.
+func withNativeCalls(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
+	if p := s.Linux.Seccomp; p != nil {
+		p.Architectures = slices.DeleteFunc(p.Architectures, func(a specs.Arch) bool { return a != nativeArch })
+	}
+	return nil
+}
+
+// nativeArch is this platform's table. Without any in the profile, as on
+// platforms not named here, the runtime takes its own.
+var nativeArch = map[string]specs.Arch{
+	"amd64": specs.ArchX86_64, "arm64": specs.ArchAARCH64, "riscv64": specs.ArchRISCV64, "loong64": specs.ArchLOONGARCH64, "s390x": specs.ArchS390X,
+}[goruntime.GOARCH]
 
 // args: the spec's command replaces the image's entrypoint and command.
 func (b bundle) args() []string {
@@ -202,9 +223,10 @@ func (b bundle) args() []string {
 	return append(slices.Clone(b.image.entrypoint), b.image.cmd...)
 }
 
-// env: later ones of the same name win.
+// env: later ones of the same name win. HOME is always there: runc would look
+// for it in a passwd file that the tenant may have made a pipe of, and wait.
 func (b bundle) env() []string {
-	env := []string{defaultPath}
+	env := []string{defaultPath, homeEnv + b.who.home}
 	if b.spec.Terminal {
 		env = append(env, termEnv)
 	}

@@ -29,7 +29,7 @@ func testBundle() bundle {
 			LogDir: "/logs", ResolvConf: "/etc/bh/resolv", Hosts: "/etc/bh/hosts",
 		},
 		image:  imageInfo{entrypoint: []string{"/entry"}, cmd: []string{"arg"}, env: []string{"PATH=/image", "B=2"}, workdir: "/image"},
-		user:   specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{2000}},
+		who:    persona{user: specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{2000}}, home: "/home/agent"},
 		limits: hostLimits{hardFiles: 20_000, oomScore: 500},
 	}
 }
@@ -42,7 +42,7 @@ func TestSpecGolden(t *testing.T) {
 		"full": func(*bundle) {},
 		"plain": func(b *bundle) {
 			b.spec = runtime.Spec{ID: "abcdefghijkl", Image: "x", CgroupPath: "bulkhead.slice/acme/abcdefghijkl", LogDir: "/logs"}
-			b.user = specs.User{}
+			b.who = persona{home: "/root"}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -86,7 +86,7 @@ func TestSpecGolden(t *testing.T) {
 func TestSeccomp(t *testing.T) {
 	for _, uid := range []uint32{0, 1000} {
 		b := testBundle()
-		b.user.UID = uid
+		b.who.user.UID = uid
 		spec, err := b.build(t.Context(), "bulkhead")
 		if err != nil {
 			t.Fatal(err)
@@ -94,6 +94,9 @@ func TestSeccomp(t *testing.T) {
 		f := spec.Linux.Seccomp
 		if f.DefaultAction != specs.ActErrno {
 			t.Errorf("default action: got %s", f.DefaultAction)
+		}
+		if len(f.Architectures) != 1 || f.Architectures[0] != nativeArch {
+			t.Errorf("system call tables: got %v, want %s", f.Architectures, nativeArch)
 		}
 		for _, call := range []string{
 			"mount", "umount2", "pivot_root", "move_mount", "fsopen", "open_tree", "unshare", "setns", "bpf",
@@ -112,11 +115,11 @@ func TestSeccomp(t *testing.T) {
 
 func TestEnv(t *testing.T) {
 	b := testBundle()
-	if diff := cmp.Diff([]string{"PATH=/mine", "TERM=xterm", "B=2", "A=1"}, b.env()); diff != "" {
+	if diff := cmp.Diff([]string{"PATH=/mine", "HOME=/home/agent", "TERM=xterm", "B=2", "A=1"}, b.env()); diff != "" {
 		t.Error(diff)
 	}
 	b.spec.Terminal, b.spec.Env, b.image.env = false, nil, nil
-	if diff := cmp.Diff([]string{defaultPath}, b.env()); diff != "" {
+	if diff := cmp.Diff([]string{defaultPath, "HOME=/home/agent"}, b.env()); diff != "" {
 		t.Error(diff)
 	}
 }

@@ -28,16 +28,22 @@ const maxPasswd = 1 << 20
 // quickly read again.
 const maxCached = 512
 
+// persona is what a user is to a process.
+type persona struct {
+	user specs.User
+	home string
+}
+
 // userCache keeps what a user name of an image means. An image never changes,
 // and looking costs a mount.
 type userCache struct {
 	mu   sync.Mutex
-	seen map[[2]string]specs.User // chain id of the root, user as asked for
+	seen map[[2]string]persona // chain id of the root, user as asked for
 }
 
 // imageUser answers the user of a task: as asked for, else the image's, else
 // root.
-func (r *Runtime) imageUser(ctx context.Context, image imageInfo, want string) (specs.User, error) {
+func (r *Runtime) imageUser(ctx context.Context, image imageInfo, want string) (persona, error) {
 	if want == "" {
 		want = image.user
 	}
@@ -54,12 +60,12 @@ func (r *Runtime) imageUser(ctx context.Context, image imageInfo, want string) (
 	}
 	u, err := r.lookUpUser(ctx, image, want)
 	if err != nil {
-		return specs.User{}, err
+		return persona{}, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.seen == nil || len(c.seen) >= maxCached {
-		c.seen = map[[2]string]specs.User{}
+		c.seen = map[[2]string]persona{}
 	}
 	c.seen[key] = u
 	return u, nil
@@ -67,7 +73,7 @@ func (r *Runtime) imageUser(ctx context.Context, image imageInfo, want string) (
 
 // lookUpUser mounts the image's root read-only for as long as it takes to read
 // two files.
-func (r *Runtime) lookUpUser(ctx context.Context, image imageInfo, want string) (specs.User, error) {
+func (r *Runtime) lookUpUser(ctx context.Context, image imageInfo, want string) (persona, error) {
 	view := "user-" + randomID()
 	ctx, cancel := r.finish(ctx)
 	defer cancel()
@@ -77,19 +83,19 @@ func (r *Runtime) lookUpUser(ctx context.Context, image imageInfo, want string) 
 	mounts, err := open()
 	if isNotFound(err) {
 		if err := r.unpack(ctx, image); err != nil {
-			return specs.User{}, err
+			return persona{}, err
 		}
 		mounts, err = open()
 	}
 	if err != nil {
-		return specs.User{}, fmt.Errorf("view image for user %s: %w", want, err)
+		return persona{}, fmt.Errorf("view image for user %s: %w", want, err)
 	}
 	defer func() {
 		if err := r.removeSnapshot(ctx, view); err != nil {
 			r.log.WarnContext(ctx, "remove view of image", "image", image.name, "err", err)
 		}
 	}()
-	var u specs.User
+	var u persona
 	err = mount.WithReadonlyTempMount(ctx, mounts, func(root string) error {
 		dir, err := os.Open(root)
 		if err != nil {
@@ -100,49 +106,49 @@ func (r *Runtime) lookUpUser(ctx context.Context, image imageInfo, want string) 
 		return err
 	})
 	if err != nil {
-		return specs.User{}, fmt.Errorf("user %s in image %s: %w", want, image.name, err)
+		return persona{}, fmt.Errorf("user %s in image %s: %w", want, image.name, err)
 	}
 	return u, nil
 }
 
 // liveUser answers what a user means in a running task, whose files may be
 // anything by now.
-func (r *Runtime) liveUser(t *task, want string) (specs.User, error) {
+func (r *Runtime) liveUser(t *task, want string) (persona, error) {
 	path := "/proc/" + strconv.FormatUint(uint64(t.pid), 10) + "/root"
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
-		return specs.User{}, fmt.Errorf("look up user %s: %w", want, runtime.ErrNotRunning)
+		return persona{}, fmt.Errorf("look up user %s: %w", want, runtime.ErrNotRunning)
 	}
 	if err != nil {
-		return specs.User{}, fmt.Errorf("look up user %s: open %s: %w", want, path, err)
+		return persona{}, fmt.Errorf("look up user %s: open %s: %w", want, path, err)
 	}
 	dir := os.NewFile(uintptr(fd), path)
 	defer dir.Close()
 	u, err := resolveUser(dir, want)
 	if err != nil {
-		return specs.User{}, fmt.Errorf("user %s: %w", want, err)
+		return persona{}, fmt.Errorf("user %s: %w", want, err)
 	}
 	return u, nil
 }
 
 // resolveUser reads "user[:group]", names or numbers, by the passwd and group
 // files below root. A number need not be in them.
-func resolveUser(root *os.File, want string) (specs.User, error) {
+func resolveUser(root *os.File, want string) (persona, error) {
 	passwd, err := readBelow(root, "etc/passwd")
 	if err != nil {
-		return specs.User{}, err
+		return persona{}, err
 	}
 	group, err := readBelow(root, "etc/group")
 	if err != nil {
-		return specs.User{}, err
+		return persona{}, err
 	}
-	u, err := user.GetExecUser(want, &user.ExecUser{}, bytes.NewReader(passwd), bytes.NewReader(group))
+	u, err := user.GetExecUser(want, &user.ExecUser{Home: "/"}, bytes.NewReader(passwd), bytes.NewReader(group))
 	if err != nil {
-		return specs.User{}, fmt.Errorf("%w: %w", runtime.ErrInvalidSpec, err)
+		return persona{}, fmt.Errorf("%w: %w", runtime.ErrInvalidSpec, err)
 	}
-	out := specs.User{UID: uint32(u.Uid), GID: uint32(u.Gid)}
+	out := persona{user: specs.User{UID: uint32(u.Uid), GID: uint32(u.Gid)}, home: u.Home}
 	for _, g := range u.Sgids {
-		out.AdditionalGids = append(out.AdditionalGids, uint32(g))
+		out.user.AdditionalGids = append(out.user.AdditionalGids, uint32(g))
 	}
 	return out, nil
 }

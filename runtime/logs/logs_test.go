@@ -104,12 +104,8 @@ func FuzzWriter(f *testing.F) {
 		if err := w.Close(); err != nil {
 			t.Fatal(err)
 		}
-		want := string(in)
-		if want != "" && !strings.HasSuffix(want, "\n") {
-			want += "\n" // the end of the stream ends its line
-		}
-		if got := text(t, dir, Options{}); got != want {
-			t.Fatalf("got %q, want %q", got, want)
+		if got := text(t, dir, Options{}); got != string(in) {
+			t.Fatalf("got %q, want %q", got, in)
 		}
 	})
 }
@@ -153,10 +149,16 @@ func TestPartialLines(t *testing.T) {
 	}
 	want := []string{
 		fmt.Sprintf("stdout P %d", MaxText), "stdout F 10",
-		"stdout P 8", "stderr F 7", "stdout F 6", "stdout F 6",
+		"stdout P 8", "stderr F 7", "stdout F 6", "stdout P 6",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+	if got := text(t, dir, Options{Tail: 2}); got != "answer\nno end" && got != "prompt: between\nanswer\nno end" {
+		t.Errorf("last 2 lines: %q", got)
+	}
+	if got := text(t, dir, Options{Tail: 1}); got != "no end" {
+		t.Errorf("last line: %q", got)
 	}
 }
 

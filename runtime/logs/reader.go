@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -280,8 +281,8 @@ func (r *reader) openAt(f File, off int64) error {
 	return nil
 }
 
-// lastLines answers where the last whole lines of a file start, oldest first,
-// at most max of them.
+// lastLines answers where the last lines of a file start, oldest first, at most
+// max of them. A line that no newline has ended is one, too.
 func lastLines(file File, max int, opts Options) ([]int64, error) {
 	f, err := openFile(file)
 	if err != nil {
@@ -295,6 +296,14 @@ func lastLines(file File, max int, opts Options) ([]int64, error) {
 		start = map[Stream]int64{} // where the open line of a stream began
 		br    = bufio.NewReaderSize(f, maxLine)
 	)
+	add := func(at int64) {
+		if len(ring) < max {
+			ring = append(ring, at)
+			return
+		}
+		ring[head] = at
+		head = (head + 1) % max
+	}
 	for {
 		b, err := br.ReadSlice('\n')
 		at := off
@@ -318,12 +327,10 @@ func lastLines(file File, max int, opts Options) ([]int64, error) {
 			continue
 		}
 		delete(start, l.Stream)
-		if len(ring) < max {
-			ring = append(ring, begin)
-		} else {
-			ring[head] = begin
-			head = (head + 1) % max
-		}
+		add(begin)
+	}
+	for _, begin := range slices.Sorted(maps.Values(start)) {
+		add(begin)
 	}
 	return append(slices.Clone(ring[head:]), ring[:head]...), nil
 }

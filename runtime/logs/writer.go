@@ -55,10 +55,7 @@ type Writer struct {
 }
 
 // piece is the text of a stream that no newline has ended yet.
-type piece struct {
-	text []byte
-	open bool // a P line has been written and wants its end
-}
+type piece struct{ text []byte }
 
 // Lost is output that could not be written.
 type Lost struct {
@@ -119,7 +116,7 @@ func (w *Writer) Write(stream Stream, p []byte) {
 			text = pc.text
 		}
 		w.line(Line{Time: at, Stream: stream, Text: text})
-		pc.text, pc.open = pc.text[:0], false
+		pc.text = pc.text[:0]
 	}
 	w.flush()
 }
@@ -143,7 +140,8 @@ func (w *Writer) Pending(stream Stream) bool {
 	return pc != nil && len(pc.text) > 0
 }
 
-// EndStream ends the last line of a stream that is over.
+// EndStream puts out the last text of a stream that is over. If no newline
+// ended it, a P line is the stream's last, so that a reader can tell.
 func (w *Writer) EndStream(stream Stream) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -152,8 +150,8 @@ func (w *Writer) EndStream(stream Stream) {
 }
 
 func (w *Writer) endStream(stream Stream) {
-	if pc := w.pending[stream]; pc != nil && (pc.open || len(pc.text) > 0) {
-		w.put(w.now(), stream, pc, false)
+	if pc := w.pending[stream]; pc != nil && len(pc.text) > 0 {
+		w.put(w.now(), stream, pc, true)
 	}
 }
 
@@ -164,7 +162,7 @@ func (w *Writer) Lost() Lost {
 	return w.lost
 }
 
-// Close ends open lines and closes the file. The Writer must not be used after
+// Close puts out what is pending and closes the file. The Writer must not be used after
 // it.
 func (w *Writer) Close() error {
 	w.mu.Lock()
@@ -183,7 +181,7 @@ func (w *Writer) Close() error {
 // put writes the text of pc as one line and empties it.
 func (w *Writer) put(at time.Time, stream Stream, pc *piece, partial bool) {
 	w.line(Line{Time: at, Stream: stream, Partial: partial, Text: pc.text})
-	pc.text, pc.open = pc.text[:0], partial
+	pc.text = pc.text[:0]
 }
 
 // line formats one line and flushes when enough is gathered.

@@ -223,7 +223,7 @@ func (s *suite) exitAndLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	stdout, stderr := output(t, spec.LogDir)
-	if want := "one\nunended\n"; stdout != want {
+	if want := "one\nunended"; stdout != want {
 		t.Errorf("stdout: got %q, want %q", stdout, want)
 	}
 	if want := "two\n"; stderr != want {

@@ -186,7 +186,8 @@ func (d *Daemon) prepare(cfg Config) error {
 		return err
 	}
 	d.lock = lock
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	// Another process's sweep may look at it just now.
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
 	if err := os.WriteFile(filepath.Join(d.Dir, cgroupName), []byte(d.CgroupParent), 0o600); err != nil {

@@ -46,6 +46,7 @@ type Config struct {
 	Tenants   string // directory that is copied; empty: deploy/examples/tenants
 	Extra     string // more lines of TOML for the agent, at its end
 	Interval  string // between usage samples; empty: "1s"
+	Agent     string // path of the agent's program; empty: bulkhead-agent of Bin
 	NoGateway bool
 	NoNet     bool      // make no internet
 	Images    []string  // archives to import; empty: busybox
@@ -217,7 +218,7 @@ func (r *Rig) StartGateway() (err error) {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return err
 	}
-	if r.gateway, err = r.start("bulkhead-gateway", nil, "--config", conf); err != nil {
+	if r.gateway, err = r.start("bulkhead-gateway", filepath.Join(r.Bin, "bulkhead-gateway"), nil, "--config", conf); err != nil {
 		return err
 	}
 	return r.gateway.await(sock, 30*time.Second)
@@ -226,13 +227,20 @@ func (r *Rig) StartGateway() (err error) {
 // KillGateway ends the gateway with KILL.
 func (r *Rig) KillGateway() error { return r.gateway.end(syscall.SIGKILL) }
 
+// Reconfigure changes what the next StartAgent goes by.
+func (r *Rig) Reconfigure(change func(*Config)) { change(&r.cfg) }
+
 // StartAgent starts the agent, also again. env are additions.
 func (r *Rig) StartAgent(env ...string) error {
 	conf, err := r.AgentConfig()
 	if err != nil {
 		return err
 	}
-	if r.agent, err = r.start("bulkhead-agent", env, "--config", conf); err != nil {
+	program := r.cfg.Agent
+	if program == "" {
+		program = filepath.Join(r.Bin, "bulkhead-agent")
+	}
+	if r.agent, err = r.start("bulkhead-agent", program, env, "--config", conf); err != nil {
 		return err
 	}
 	return r.agent.await(r.Socket, 60*time.Second)
@@ -264,14 +272,14 @@ func tail(path string) string {
 	return string(data[max(0, len(data)-16<<10):])
 }
 
-func (r *Rig) start(name string, env []string, args ...string) (*process, error) {
+func (r *Rig) start(name, program string, env []string, args ...string) (*process, error) {
 	p := &process{name: name, log: filepath.Join(r.Dir, name+".log"), dead: make(chan struct{})}
 	out, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer out.Close()
-	p.cmd = exec.Command(filepath.Join(r.Bin, name), args...)
+	p.cmd = exec.Command(program, args...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.Env = append(os.Environ(), env...)
 	// Its own process group: a ^C at the terminal is ours to handle.

@@ -254,7 +254,7 @@ func reap(p plan) error {
 
 func guestEnv(p plan) []string {
 	return []string{
-		"PATH=" + filepath.Join(p.Repo, "build/bin") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"PATH=" + filepath.Join(p.Repo, "build/bin") + ":" + p.Path + ":/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME=/root", "TMPDIR=/tmp", "LANG=C.UTF-8", "CI=true", "BULKHEAD_BIN=" + filepath.Join(p.Repo, "build/bin"),
 	}
 }

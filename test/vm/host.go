@@ -63,7 +63,7 @@ func (h *host) goTool(ctx context.Context, verb string, args ...string) error {
 
 // build compiles the programs of a suite and answers what the guest runs.
 func (h *host) build(ctx context.Context, s suite) (plan, error) {
-	p := plan{Nonce: rand.Text(), Mode: s.mode, Repo: h.repo, Self: h.bin("vm")}
+	p := plan{Nonce: rand.Text(), Mode: s.mode, Repo: h.repo, Self: h.bin("vm"), Path: os.Getenv("PATH")}
 	for _, st := range s.steps {
 		name := strings.ReplaceAll(strings.TrimPrefix(st.pkg, "./"), "/", "-")
 		ps := planStep{Name: st.pkg, Path: h.bin(name), Args: st.args, Dir: h.repo, Test: st.test, Limit: st.limit}
@@ -108,7 +108,11 @@ func (h *host) runSuite(ctx context.Context, s suite) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.limit, fmt.Errorf("not done within %v", s.limit))
 	defer cancel()
 	start = time.Now()
-	g, err := h.boot(ctx, initrd, true)
+	memoryMiB := h.memoryMiB
+	if s.memoryMiB != 0 {
+		memoryMiB = s.memoryMiB
+	}
+	g, err := h.boot(ctx, h.accel, memoryMiB, initrd, true)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ type plan struct {
 	Mode  mode
 	Repo  string // absolute, the same in the guest
 	Self  string // this program in the guest's root
+	Path  string // the host's PATH
 	Steps []planStep
 }
 

@@ -23,7 +23,7 @@ const fileServer = "/usr/lib/qemu/virtiofsd"
 const probeLimit = 8 * time.Second
 
 // boot starts a guest; share gives it this machine's root file system.
-func (h *host) boot(ctx context.Context, initrd string, share bool) (*guest, error) {
+func (h *host) boot(ctx context.Context, accel string, memoryMiB int, initrd string, share bool) (*guest, error) {
 	dir, err := os.MkdirTemp("", "bulkhead-vm")
 	if err != nil {
 		return nil, err
@@ -31,12 +31,12 @@ func (h *host) boot(ctx context.Context, initrd string, share bool) (*guest, err
 	g := &guest{dir: dir}
 	args := []string{
 		"-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
-		"-m", strconv.Itoa(h.memoryMiB) + "M", "-smp", "2",
+		"-m", strconv.Itoa(memoryMiB) + "M", "-smp", "2",
 		"-kernel", h.kernel("vmlinuz"), "-initrd", initrd,
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off systemd.unit=" + targetUnit +
 			" systemd.show_status=false systemd.log_target=kmsg systemd.log_level=warning",
 	}
-	if h.accel == "kvm" {
+	if accel == "kvm" {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
 	} else {
 		// An old CPU model is twice as fast to emulate: no AVX.
@@ -49,7 +49,7 @@ func (h *host) boot(ctx context.Context, initrd string, share bool) (*guest, err
 			return nil, err
 		}
 		args = append(args,
-			"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", h.memoryMiB),
+			"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", memoryMiB),
 			"-numa", "node,memdev=mem", "-chardev", "socket,id=fs,path="+socket,
 			"-device", "vhost-user-fs-pci,chardev=fs,tag="+rootTag)
 	}
@@ -83,6 +83,9 @@ func (g *guest) serveRoot(ctx context.Context, socket string) error {
 			return nil
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	g.kill() // before its output is read
 	g.processes = nil
@@ -128,9 +131,7 @@ func (h *host) probeKVM(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, probeLimit, errors.New("/dev/kvm is there and runs nothing"))
 	defer cancel()
-	small := *h
-	small.accel, small.memoryMiB = "kvm", 512
-	g, err := small.boot(ctx, initrd, false)
+	g, err := h.boot(ctx, "kvm", 512, initrd, false)
 	if err != nil {
 		return err
 	}

@@ -58,6 +58,7 @@ type Machine struct {
 	started    map[string]bool
 	ifindex    int
 	busy       time.Duration
+	working    sync.WaitGroup // busy commands
 	violations []string
 }
 
@@ -132,15 +133,14 @@ func (m *Machine) SetBusy(period time.Duration) {
 	m.busy = period
 }
 
+// Settle waits until every busy command has seen that it is over.
+func (m *Machine) Settle() { m.working.Wait() }
+
 // work is what a busy command does.
 func (m *Machine) work(id string, period time.Duration) {
 	for {
 		time.Sleep(period)
-		t, err := m.fake.Find(context.Background(), id)
-		if err != nil {
-			return
-		}
-		if st, err := t.Status(context.Background()); err != nil || st.State != runtime.StateRunning {
+		if !m.Running(id) {
 			return
 		}
 		m.Send(id, 977)
@@ -163,6 +163,16 @@ func (m *Machine) Account(id string) Account {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return *m.account(id)
+}
+
+// Running reports whether the command of a sandbox runs now.
+func (m *Machine) Running(id string) bool {
+	t, err := m.fake.Find(context.Background(), id)
+	if err != nil {
+		return false
+	}
+	st, err := t.Status(context.Background())
+	return err == nil && st.State == runtime.StateRunning
 }
 
 // Ran reports whether the command of a sandbox was ever let run.

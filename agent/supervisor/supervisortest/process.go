@@ -401,7 +401,8 @@ func (t task) Start(ctx context.Context) error {
 	}
 	m.started[id] = true
 	if m.busy > 0 {
-		go m.work(id, m.busy)
+		period := m.busy
+		m.working.Go(func() { m.work(id, period) })
 	}
 	return nil
 }

@@ -36,14 +36,14 @@ func Table(w io.Writer, header []string, rows [][]string) error {
 func writeRow(w io.Writer, cells []string) {
 	for i, cell := range cells {
 		if i > 0 {
-			io.WriteString(w, "\t")
+			fmt.Fprint(w, "\t")
 		}
 		if cell = Clean(cell); cell == "" {
 			cell = None
 		}
-		io.WriteString(w, cell)
+		fmt.Fprint(w, cell)
 	}
-	io.WriteString(w, "\n")
+	fmt.Fprint(w, "\n")
 }
 
 // Clean makes s safe to show on one line of a terminal: control and formatting

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+// Package usagev1 holds usage records: the messages, and what every reader and
+// writer of them must agree on. canonical.go has the bytes that are hashed,
+// meter.go the names of meters and what makes a record well formed.
 package usagev1
 
 import (
