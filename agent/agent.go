@@ -95,9 +95,12 @@ func Run(ctx context.Context, opts Options) (err error) {
 	group.Go(func() error { return n.sup.Run(ctx, ready) })
 	group.Go(func() error {
 		return link.WatchHostAddrs(ctx, func(addrs []netip.Prefix) {
+			warning := ""
 			if err := n.egress.SetHostAddrs(addrs); err != nil {
 				opts.Log.Error("put the host's addresses into the hard denies", "err", err)
+				warning = fmt.Sprintf("a new address of this host is not among the hard denies, only the second layer keeps sandboxes from it: %v", err)
 			}
+			n.sup.Warn("host addresses", warning)
 		})
 	})
 	if n.report != nil {
@@ -268,7 +271,7 @@ func (n *node) newSupervisor() (*supervisor.Supervisor, error) {
 			CPUMillis:   int64(float64(n.cpus-reserveCPU) * c.Node.CPUOvercommit),
 			MemoryBytes: n.memory - reserveMemory, Sandboxes: int64(c.Sandbox.Max),
 		},
-		MaxSlot: c.Sandbox.Max, LogMaxBytes: c.Sandbox.LogMaxSize.Bytes, LogFiles: c.Sandbox.LogFiles,
+		MaxSlot: c.Sandbox.Max, KeepStopped: c.Sandbox.KeepStopped, LogMaxBytes: c.Sandbox.LogMaxSize.Bytes, LogFiles: c.Sandbox.LogFiles,
 		ResolvConf: resolv, Hosts: hosts, Partial: c.Cgroups.AllowPartial, NotEnforced: n.tree.NotEnforced(),
 		Interval: c.Usage.Interval.Duration, VerifyEvery: c.Egress.VerifyEvery.Duration, Grace: c.Sandbox.StopGrace.Duration,
 		BootID: n.bootID, Source: "node/" + n.nodeID + "/boot/" + n.bootID,

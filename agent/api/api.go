@@ -293,7 +293,9 @@ func (s *Server) List(ctx context.Context, req *nodev1.ListRequest) (*nodev1.Lis
 	out := &nodev1.ListResponse{}
 	for _, rec := range s.cfg.Sandboxes.List() {
 		if in(rec) && (req.GetAll() || rec.State.Live()) {
-			out.Sandboxes = append(out.Sandboxes, s.toProto(rec))
+			sb := s.toProto(rec)
+			sb.Spec.Env, sb.Spec.Policy = nil, "" // large, and secrets: Get has them
+			out.Sandboxes = append(out.Sandboxes, sb)
 		}
 	}
 	return out, nil

@@ -106,6 +106,7 @@ type Config struct {
 		DefaultMemory Size     `toml:"default_memory"`
 		DefaultPIDs   int64    `toml:"default_pids"`
 		StopGrace     Duration `toml:"stop_grace"`
+		KeepStopped   int      `toml:"keep_stopped"`
 		LogMaxSize    Size     `toml:"log_max_size"`
 		LogFiles      int      `toml:"log_files"`
 	} `toml:"sandbox"`
@@ -150,6 +151,7 @@ func Default() Config {
 	c.Sandbox.DefaultMemory = Size{512 << 20}
 	c.Sandbox.DefaultPIDs = 256
 	c.Sandbox.StopGrace = Duration{10 * time.Second}
+	c.Sandbox.KeepStopped = 100
 	c.Sandbox.LogMaxSize = Size{10 << 20}
 	c.Sandbox.LogFiles = 5
 	c.Node.ReserveMemory = Size{1 << 30}
@@ -316,6 +318,7 @@ func (c *Config) check() error {
 		{"sandbox.default_memory", c.Sandbox.DefaultMemory.Bytes, 4 << 20, 1 << 50},
 		{"sandbox.default_cpus", c.Sandbox.DefaultCPU.Millis, 10, 1 << 20},
 		{"sandbox.log_max_size", c.Sandbox.LogMaxSize.Bytes, 4 << 10, 1 << 40},
+		{"sandbox.keep_stopped", int64(c.Sandbox.KeepStopped), 1, 100_000},
 		{"sandbox.log_files", int64(c.Sandbox.LogFiles), 1, 100},
 		{"node.max_pids", c.Node.MaxSandboxPIDs, 1, 1 << 22},
 		{"node.reserve_memory", c.Node.ReserveMemory.Bytes, 0, 1 << 50},

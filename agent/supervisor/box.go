@@ -83,6 +83,13 @@ func (b *box) hold() (release func()) {
 	})
 }
 
+// held reports whether a client still reads from it.
+func (b *box) held() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.holders > 0
+}
+
 // update changes the record, on disk first, and tells the subscribers. On an
 // error nothing has changed.
 func (b *box) update(change func(*sandbox.Record) error) error {

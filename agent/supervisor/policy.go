@@ -16,6 +16,9 @@ import (
 // Reload puts another set of tenants in force: limits of the tenants' cgroups
 // and the policies of running sandboxes. All or nothing: if any of it is
 // refused, what was changed is put back and the old set stays.
+//
+// A sandbox whose own policy no longer fits its tenant's guardrails is cut off
+// and stopped. It must not hold up a change that may well be aimed at it.
 func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, err error) {
 	s.admission.Lock()
 	defer s.admission.Unlock()
@@ -25,6 +28,7 @@ func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, 
 		from, to netpol.Program
 	}
 	var changes []change
+	doomed := map[*box]error{}
 	s.mu.Lock()
 	boxes := make([]*box, 0, len(s.boxes))
 	for _, b := range s.boxes {
@@ -40,6 +44,10 @@ func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, 
 			return 0, fmt.Errorf("tenant %s would go, but sandbox %s of it is %s: stop it first", rec.Spec.Tenant, rec.Spec.Name, rec.State)
 		}
 		to, err := compile(set, rec.Spec)
+		if err != nil && rec.Spec.Policy != "" {
+			doomed[b] = err
+			continue
+		}
 		if err != nil {
 			return 0, fmt.Errorf("sandbox %s of %s: %w", rec.Spec.Name, rec.Spec.Tenant, err)
 		}
@@ -76,7 +84,10 @@ func (s *Supervisor) Reload(ctx context.Context, set *tenant.Set) (updated int, 
 	}
 	s.tenants.Store(set)
 	s.warn("limits", "")
-	return len(changes), nil
+	for b, why := range doomed {
+		b.cutOff(fmt.Errorf("its own policy no longer fits its tenant's: %w", why))
+	}
+	return len(changes) + len(doomed), nil
 }
 
 // limit gives the cgroups of all tenants that are in use their limits in set.

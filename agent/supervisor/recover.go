@@ -34,6 +34,7 @@ func (b *box) adopt(ctx context.Context) *runtime.Exit {
 		return nil
 	}
 	defer b.closeLaunched()
+	b.reenforce(ctx) // first: it needs no runtime, which may be away for long
 	task, state := b.findTask(ctx)
 	if task == nil {
 		return nil
@@ -43,12 +44,6 @@ func (b *box) adopt(ctx context.Context) *runtime.Exit {
 	b.neverRan = state == runtime.StateCreated // crashed between recording Running and starting
 	b.mu.Unlock()
 	if state == runtime.StateCreated {
-		return nil
-	}
-	if state != runtime.StateStopped { // else nobody is there to be enforced
-		b.reenforce(ctx)
-	}
-	if ctx.Err() != nil {
 		return nil
 	}
 	b.closeLaunched()

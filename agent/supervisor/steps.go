@@ -263,6 +263,7 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 	}
 	b.s.cfg.Log.Info("sandbox stopped", "sandbox", rec.ID, "tenant", rec.Spec.Tenant, "reason", rec.Exit.Reason, "code", rec.Exit.Code)
 	close(b.stopped)
+	b.s.forgetOldest(rec.Spec.Tenant)
 }
 
 // release gives back what a Stopped sandbox still holds. Stopped is on disk

@@ -159,6 +159,7 @@ type Config struct {
 	Cgroups      Cgroups
 	Runtime      Launcher
 	Spool        Spool
+	KeepStopped  int // stopped sandboxes of one tenant whose record and log are kept
 	RemoveLog    func(id string) error
 	BootTime     func() time.Duration     // CLOCK_BOOTTIME
 	Fault        func(point string) error // optional; tests break or kill here
@@ -429,6 +430,27 @@ func (s *Supervisor) Delete(id string) error {
 	return nil
 }
 
+// forgetOldest deletes the oldest stopped sandboxes of a tenant beyond those
+// that are kept, so that no tenant fills the disk with what it has run. One
+// that a client still reads from stays until the next time.
+func (s *Supervisor) forgetOldest(path tenant.Path) {
+	var stopped []sandbox.Record
+	for _, rec := range s.List() {
+		if rec.State == sandbox.Stopped && rec.Spec.Tenant == path {
+			stopped = append(stopped, rec)
+		}
+	}
+	for i := 0; i < len(stopped)-s.cfg.KeepStopped; i++ {
+		b, err := s.box(stopped[i].ID)
+		if err != nil || b.held() {
+			continue
+		}
+		if err := s.Delete(b.id); err != nil && !errors.Is(err, ErrNotFound) {
+			s.cfg.Log.Warn("forget the oldest stopped sandbox", "sandbox", b.id, "err", err)
+		}
+	}
+}
+
 // Task answers the running task of a sandbox, for exec and attach.
 func (s *Supervisor) Task(id string) (runtime.Task, error) {
 	b, err := s.box(id)
@@ -522,6 +544,9 @@ func (s *Supervisor) Warnings() []string {
 	sort.Strings(out)
 	return out
 }
+
+// Warn sets or, with an empty text, clears a standing warning of somebody else.
+func (s *Supervisor) Warn(key, text string) { s.warn(key, text) }
 
 // warn sets or, with an empty text, clears a standing warning.
 func (s *Supervisor) warn(key, text string) {

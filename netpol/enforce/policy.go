@@ -76,13 +76,12 @@ func (e *Enforcer) setPolicy(s *slot, n uint32, p netpol.Program, rev uint64) er
 	e.shm.setPolicy(n, t)
 	s.digest = p.Digest
 	maps.Copy(s.rules, added)
-	if old == 0 {
-		return nil
+	// From here on p is in force, whatever becomes of the rest: what cannot be
+	// given back now is found unused by the next Open.
+	if old != 0 {
+		_ = errors.Join(e.tries.discard(old), e.trimRules(s, rules))
 	}
-	if err := e.tries.discard(old); err != nil {
-		return err
-	}
-	return e.trimRules(s, rules)
+	return nil
 }
 
 // countersFor answers the counter of every rule of p, by rule id, and those

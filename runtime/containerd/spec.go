@@ -330,7 +330,8 @@ func withShmSize(bytes int64) oci.SpecOpts {
 		for i, m := range s.Mounts {
 			if m.Destination == "/dev/shm" {
 				opts := slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return strings.HasPrefix(o, "size=") })
-				s.Mounts[i].Options = append(opts, fmt.Sprintf("size=%d", bytes))
+				opts = append(opts, fmt.Sprintf("size=%d", bytes))
+				s.Mounts[i].Options = opts
 			}
 		}
 		return nil

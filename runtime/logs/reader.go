@@ -481,10 +481,9 @@ func (r *reader) feed(p []byte) error {
 }
 
 func (r *reader) emit(b []byte) error {
-	l, err := ParseLine(b)
-	if err != nil || !wanted(l, r.opts) {
-		return nil
+	if l, err := ParseLine(b); err == nil && wanted(l, r.opts) {
+		l.Gap, r.gap = r.gap, false
+		return r.fn(l)
 	}
-	l.Gap, r.gap = r.gap, false
-	return r.fn(l)
+	return nil // malformed lines are passed over
 }

@@ -12,12 +12,7 @@ import (
 // DialFrom tries a TCP connection from inside the network namespace of a
 // process, as something in its sandbox would, without asking the agent.
 func DialFrom(pid, address string, limit time.Duration) (reached bool, err error) {
-	ns, err := os.Open(filepath.Join("/proc", pid, "ns/net"))
-	if err != nil {
-		return false, err
-	}
-	defer ns.Close()
-	err = inNetns(ns, func() error {
+	err = Enter(pid, func() error {
 		// A plain Dial would start goroutines on other threads, which are not
 		// in this namespace; with an IP address it connects on this one.
 		c, err := net.DialTimeout("tcp", address, limit)
@@ -28,4 +23,15 @@ func DialFrom(pid, address string, limit time.Duration) (reached bool, err error
 		return nil
 	})
 	return reached, err
+}
+
+// Enter runs f in the network namespace of a process, on a thread of its own.
+// Goroutines that f starts are not in it.
+func Enter(pid string, f func() error) error {
+	ns, err := os.Open(filepath.Join("/proc", pid, "ns/net"))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return inNetns(ns, f)
 }

@@ -62,6 +62,7 @@ func (p *Process) Config(dir string, tenants *tenant.Set, spool supervisor.Spool
 		RemoveLog:    func(id string) error { return os.RemoveAll(filepath.Join(logs, id)) },
 		BootTime:     p.m.BootTime,
 		LingerRemove: 400 * time.Millisecond,
+		KeepStopped:  1000,
 	}
 }
 

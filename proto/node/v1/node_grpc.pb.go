@@ -56,6 +56,7 @@ type NodeClient interface {
 	// (name), RESOURCE_EXHAUSTED (quota; carries a Denial), PERMISSION_DENIED.
 	Create(ctx context.Context, in *CreateRequest, opts ...grpc.CallOption) (*CreateResponse, error)
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
+	// List leaves out env and policy of each spec; Get has them.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Watch sends every sandbox as it is now, then one with synced=true, then changes.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
@@ -310,6 +311,7 @@ type NodeServer interface {
 	// (name), RESOURCE_EXHAUSTED (quota; carries a Denial), PERMISSION_DENIED.
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
 	Get(context.Context, *GetRequest) (*GetResponse, error)
+	// List leaves out env and policy of each spec; Get has them.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Watch sends every sandbox as it is now, then one with synced=true, then changes.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
