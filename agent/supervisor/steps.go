@@ -236,14 +236,10 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 	if !b.persist(ctx, "stopping", func(r *sandbox.Record) error { return b.conclude(r, ended) }) {
 		return
 	}
-	b.repair.Lock() // one that has begun ends; one that comes later sees Stopping
-	b.repair.Unlock()
+	b.awaitRepair()
 	b.closeLaunched()
-	steps := b.steps()
-	for i := len(steps) - 1; i >= 0; i-- {
-		if !b.until(ctx, steps[i].name+":undo", func() error { return steps[i].undo(ctx) }) {
-			return
-		}
+	if !b.undoSteps(ctx) {
+		return
 	}
 	rec := b.record()
 	if rec.Final != nil {
@@ -264,6 +260,37 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 	b.s.cfg.Log.Info("sandbox stopped", "sandbox", rec.ID, "tenant", rec.Spec.Tenant, "reason", rec.Exit.Reason, "code", rec.Exit.Code)
 	close(b.stopped)
 	b.s.forgetOldest(rec.Spec.Tenant)
+}
+
+// awaitRepair returns once a repair that has begun is over; one that comes
+// later sees Stopping and does nothing.
+func (b *box) awaitRepair() {
+	b.repair.Lock()
+	defer b.repair.Unlock()
+}
+
+// undoSteps undoes the waves from the last to the first, the steps of a wave
+// side by side. False: ctx is over first.
+func (b *box) undoSteps(ctx context.Context) bool {
+	steps := b.steps()
+	for len(steps) > 0 {
+		var wave errgroup.Group
+		last := steps[len(steps)-1].wave
+		for len(steps) > 0 && steps[len(steps)-1].wave == last {
+			st := steps[len(steps)-1]
+			steps = steps[:len(steps)-1]
+			wave.Go(func() error {
+				if !b.until(ctx, st.name+":undo", func() error { return st.undo(ctx) }) {
+					return ctx.Err()
+				}
+				return nil
+			})
+		}
+		if wave.Wait() != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // release gives back what a Stopped sandbox still holds. Stopped is on disk

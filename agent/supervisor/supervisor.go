@@ -14,7 +14,7 @@
 //	2     start    verify egress, link up, Running to     kill, wait until the cgroup is
 //	               disk, let the command run              empty, link down, last usage sample
 //
-// Undo runs from the last step to the first and again until it works: a
+// Undo runs from the last wave to the first and again until it works: a
 // sandbox is Stopped only when nothing of it is left and its usage is in the
 // spool. Every do and every undo may be repeated.
 //

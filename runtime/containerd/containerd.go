@@ -31,7 +31,7 @@
 //
 // The streams of a task with a terminal or stdin are FIFOs that this process
 // relays, to the log and to whoever is attached. While no process relays, a
-// command that writes more than the FIFO holds (64 KiB) waits. Should it end in
+// command that writes more than the FIFO holds (1 MiB) waits. Should it end in
 // that time, what is still in the FIFO is lost. Find takes up the relay again.
 //
 // Exec'd processes belong to their caller: their streams end with this process,

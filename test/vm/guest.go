@@ -253,9 +253,10 @@ func reap(p plan) error {
 }
 
 func guestEnv(p plan) []string {
+	programs := filepath.Join(p.Repo, "build/vm/programs")
 	return []string{
-		"PATH=" + filepath.Join(p.Repo, "build/bin") + ":" + p.Path + ":/usr/sbin:/usr/bin:/sbin:/bin",
-		"HOME=/root", "TMPDIR=/tmp", "LANG=C.UTF-8", "CI=true", "BULKHEAD_BIN=" + filepath.Join(p.Repo, "build/bin"),
+		"PATH=" + programs + ":" + p.Path + ":/usr/sbin:/usr/bin:/sbin:/bin",
+		"HOME=/root", "TMPDIR=/tmp", "LANG=C.UTF-8", "CI=true", "BULKHEAD_BIN=" + programs,
 	}
 }
 

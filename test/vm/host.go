@@ -16,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // upLimit bounds the time from starting qemu to the guest's first step; through
@@ -33,6 +35,63 @@ type host struct {
 func (h *host) bin(name string) string    { return filepath.Join(h.dir, "bin", name) }
 func (h *host) kernel(name string) string { return filepath.Join(h.dir, "kernel", name) }
 
+// lock waits for another run in the same checkout; the file's closing ends it.
+func (h *host) lock(ctx context.Context) (*os.File, error) {
+	if err := os.MkdirAll(h.dir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(h.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	for said := false; ; said = true {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+		if !said {
+			fmt.Println("vm: waiting for another run to end")
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, ctx.Err()
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// programs are what the guest's BULKHEAD_BIN holds, if it is built.
+var programs = []string{
+	"bulkhead", "bulkhead-agent", "bulkhead-gateway", "bulkhead-init", "bulkhead-log",
+	"containerd", "containerd-shim-runc-v2", "ctr", "runc",
+}
+
+// copyPrograms gives the guest programs of its own: a build on the host while
+// the guest runs would pull its files away.
+func (h *host) copyPrograms() error {
+	if err := os.MkdirAll(filepath.Join(h.dir, "programs"), 0o755); err != nil {
+		return err
+	}
+	for _, name := range programs {
+		body, err := os.ReadFile(filepath.Join(h.repo, "build", "bin", name))
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(h.dir, "programs", name), body, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // prepare builds the guest's side of this program and chooses the accelerator.
 func (h *host) prepare(ctx context.Context) error {
 	if os.Geteuid() != 0 {
@@ -42,6 +101,9 @@ func (h *host) prepare(ctx context.Context) error {
 		return fmt.Errorf("guest kernel (make setup-vm fetches it): %w", err)
 	}
 	if err := h.goTool(ctx, "build", "-o", h.bin("vm"), "./test/vm"); err != nil {
+		return err
+	}
+	if err := h.copyPrograms(); err != nil {
 		return err
 	}
 	if h.accel == "" {

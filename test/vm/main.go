@@ -79,6 +79,11 @@ func run(ctx context.Context, repo string, memoryMiB int, accel string, chosen [
 		return err
 	}
 	h := host{repo: repo, dir: filepath.Join(repo, "build", "vm"), memoryMiB: memoryMiB, accel: accel}
+	lock, err := h.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	if err := h.prepare(ctx); err != nil {
 		return err
 	}

@@ -129,9 +129,9 @@ func checkJournal(t *testing.T) {
 // install puts programs, units and configuration where packages put them.
 func install(t *testing.T) {
 	t.Helper()
-	root := repo(t)
+	root, bin := repo(t), containerdtest.Need(t)
 	for _, name := range []string{"bulkhead", "bulkhead-agent", "bulkhead-log", "containerd", "containerd-shim-runc-v2", "runc"} {
-		copyFile(t, filepath.Join(root, "build/bin", name), "/usr/bin/"+name, 0o755)
+		copyFile(t, filepath.Join(bin, name), "/usr/bin/"+name, 0o755)
 	}
 	copyFile(t, filepath.Join(root, "agent/config/bulkhead-agent.toml"), "/etc/bulkhead/bulkhead-agent.toml", 0o600)
 	copyFile(t, filepath.Join(root, "deploy/systemd/bulkhead-agent.service"), "/etc/systemd/system/bulkhead-agent.service", 0o644)
