@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/runtime"
@@ -252,8 +254,10 @@ func (b *box) terminate(ctx context.Context, task runtime.Task, grace time.Durat
 // nobody's help, and through the runtime.
 func (b *box) kill(ctx context.Context, task runtime.Task) {
 	rec := b.record()
+	var asked errgroup.Group // beside the other: the runtime may be away
+	asked.Go(func() error { return task.Kill(ctx, syscall.SIGKILL, true) })
 	cgErr := b.s.cfg.Cgroups.Kill(string(rec.Spec.Tenant), rec.ID)
-	err := task.Kill(ctx, syscall.SIGKILL, true)
+	err := asked.Wait()
 	if cgErr != nil && err != nil && !errors.Is(err, runtime.ErrNotRunning) {
 		b.s.cfg.Log.Warn("kill sandbox", "sandbox", rec.ID, "err", errors.Join(cgErr, err))
 	}

@@ -280,9 +280,11 @@ func (b *box) undoSteps(ctx context.Context) bool {
 			st := steps[len(steps)-1]
 			steps = steps[:len(steps)-1]
 			wave.Go(func() error {
+				began := time.Now()
 				if !b.until(ctx, st.name+":undo", func() error { return st.undo(ctx) }) {
 					return ctx.Err()
 				}
+				b.s.cfg.Log.Debug("teardown step", "sandbox", b.id, "step", st.name, "took", time.Since(began))
 				return nil
 			})
 		}

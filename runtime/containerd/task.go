@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -42,6 +43,9 @@ type task struct {
 	relay    *relay
 
 	news news // what events have said of it
+
+	// killed: KILL was asked for here, so a death by it needs no other reason.
+	killed atomic.Bool
 }
 
 var _ runtime.Task = (*task)(nil)
@@ -247,7 +251,7 @@ func (t *task) Wait(ctx context.Context) (runtime.Exit, error) {
 		}
 	}
 	grace := time.Duration(0)
-	if t.memory && exit.Code == 128+uint32(syscall.SIGKILL) {
+	if t.memory && exit.Code == 128+uint32(syscall.SIGKILL) && !t.killed.Load() {
 		grace = eventGrace
 	}
 	exit.OOMKilled = t.news.oomKilled(ctx, grace)
@@ -297,6 +301,9 @@ func (r *Runtime) until(ctx context.Context) (context.Context, context.CancelFun
 
 // Kill signals the command, or all processes of the task.
 func (t *task) Kill(ctx context.Context, sig syscall.Signal, all bool) error {
+	if sig == syscall.SIGKILL {
+		t.killed.Store(true)
+	}
 	ctx, cancel := t.r.bound(ctx)
 	defer cancel()
 	_, err := t.r.tasks.Kill(ctx, &tasksapi.KillRequest{ContainerID: t.id, Signal: uint32(sig), All: all})

@@ -40,10 +40,17 @@ var suites = []suite{
 	{
 		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 8 * time.Minute,
 		steps: []step{
+			{pkg: "./cgroups", test: true, limit: 2 * time.Minute},
 			{
-				pkg: "./test/e2e", test: true, limit: 7 * time.Minute,
-				args: []string{"-test.run=^(TestHelloWorld|TestWhatASandboxSees|TestMemoryLimit|TestForkBomb|TestCPULimit|TestLifecycle|TestExec)$"},
+				pkg: "./runtime/containerd", test: true, limit: 3 * time.Minute,
+				args: []string{"-test.run=^(TestInsideForbidden|TestLimitsAreSet|TestOutOfMemory|TestTooManyProcesses)$"},
 			},
+			{
+				pkg: "./test/e2e", test: true, limit: 4 * time.Minute,
+				args: []string{"-test.run=^(TestForkBomb|TestHelloWorld|TestLifecycle|TestMemoryLimit)$"},
+			},
+			{pkg: "./netpol/enforce", test: true, limit: 3 * time.Minute},
+			{pkg: "./netpol/link", test: true, limit: 3 * time.Minute},
 		},
 	},
 	{
