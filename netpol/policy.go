@@ -38,6 +38,7 @@ import (
 // Proto is an IP protocol number. Only TCP and UDP can be allowed.
 type Proto uint8
 
+// The protocols that a policy can name.
 const (
 	TCP Proto = 6
 	UDP Proto = 17
@@ -58,6 +59,7 @@ func (p Proto) String() string {
 // denies.
 type Action uint8
 
+// The actions of a rule.
 const (
 	Deny Action = iota
 	Allow

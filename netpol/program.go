@@ -123,7 +123,7 @@ func (p Program) Describe() string {
 		rest = "everything"
 	}
 	fmt.Fprintf(w, "deny\t%s\tall\tno rule\n", rest)
-	w.Flush() // a strings.Builder takes everything
+	_ = w.Flush() // a strings.Builder takes everything
 	return b.String()
 }
 

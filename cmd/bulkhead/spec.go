@@ -67,10 +67,16 @@ func (s *specFlags) spec(image string, command []string) (*sandboxv1.Spec, error
 		if spec.Limits.CpuMillis, err = tenant.ParseCPU(s.cpus); err != nil {
 			return nil, usagef("--cpus: %v", err)
 		}
+		if spec.Limits.CpuMillis == 0 {
+			return nil, usagef("--cpus: %s is no limit: leave the flag out for the node's own", s.cpus)
+		}
 	}
 	if s.memory != "" {
 		if spec.Limits.MemoryBytes, err = tenant.ParseSize(s.memory); err != nil {
 			return nil, usagef("--memory: %v", err)
+		}
+		if spec.Limits.MemoryBytes == 0 {
+			return nil, usagef("--memory: %s is no limit: leave the flag out for the node's own", s.memory)
 		}
 	}
 	if s.pids < 0 {

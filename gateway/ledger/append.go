@@ -151,7 +151,7 @@ func (l *Ledger) commit(group []*batch) {
 // +checklocks:l.writer
 func (l *Ledger) recover(err error) error {
 	// SQLite may have rolled back by itself; then this one finds nothing to do.
-	l.stmts.rollback.Exec()
+	_, _ = l.stmts.rollback.Exec()
 	err = fmt.Errorf("append to ledger: %w", classify(err))
 	if errors.Is(err, ErrFull) || errors.Is(err, ErrBusy) {
 		return err

@@ -71,7 +71,7 @@ func Open(cfg Config) (_ *Ledger, err error) {
 	}
 	defer func() {
 		if err != nil {
-			l.Close()
+			err = errors.Join(err, l.Close())
 		}
 	}()
 	path := filepath.Join(cfg.Dir, fileName)
@@ -95,7 +95,7 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
+		_ = f.Close() // nothing was written
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("lock %s: %w", f.Name(), ErrLocked)
 		}
@@ -217,7 +217,7 @@ func (s *statements) prepare(ctx context.Context, conn *sql.Conn) error {
 		  ON CONFLICT(node_id, node_seq, kind, got_hash)
 		  DO UPDATE SET count = count + 1, last_ns = excluded.last_ns`},
 	} {
-		stmt, err := conn.PrepareContext(ctx, p.text)
+		stmt, err := conn.PrepareContext(ctx, p.text) //nolint:sqlclosecheck // close does, for all of them
 		if err != nil {
 			return fmt.Errorf("prepare %q: %w", p.text, err)
 		}
@@ -229,6 +229,6 @@ func (s *statements) prepare(ctx context.Context, conn *sql.Conn) error {
 
 func (s *statements) close() {
 	for _, stmt := range s.all {
-		stmt.Close()
+		_ = stmt.Close() // the connection goes with it
 	}
 }

@@ -51,8 +51,7 @@ func OpenReader(dir string) (*Reader, error) {
 		err = fmt.Errorf("%w: schema %d, want %d; start the gateway once", ErrNotLedger, version, len(migrations))
 	}
 	if err != nil {
-		db.Close()
-		return nil, fmt.Errorf("open ledger %s: %w", path, classify(err))
+		return nil, errors.Join(fmt.Errorf("open ledger %s: %w", path, classify(err)), db.Close())
 	}
 	return &Reader{path: path, db: db}, nil
 }

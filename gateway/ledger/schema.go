@@ -5,6 +5,7 @@ package ledger
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 )
 
@@ -115,8 +116,8 @@ func migrate(ctx context.Context, conn *sql.Conn) error {
 		step := fmt.Sprintf("BEGIN IMMEDIATE;%s;PRAGMA user_version=%d;PRAGMA application_id=%d;COMMIT",
 			migrations[v], v+1, applicationID)
 		if _, err := conn.ExecContext(ctx, step); err != nil {
-			conn.ExecContext(ctx, "ROLLBACK")
-			return fmt.Errorf("migrate to schema %d: %w", v+1, err)
+			_, rerr := conn.ExecContext(ctx, "ROLLBACK")
+			return errors.Join(fmt.Errorf("migrate to schema %d: %w", v+1, err), rerr)
 		}
 	}
 	return nil

@@ -54,6 +54,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -158,11 +159,18 @@ func Open(cfg Config) (*Runtime, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open container runtime: %w", err)
 	}
+	dial := func(ctx context.Context, target string) (net.Conn, error) {
+		conn, err := dialer.ContextDialer(ctx, target)
+		if err != nil {
+			return nil, fmt.Errorf("containerd does not answer on %s: is it running? (systemctl status containerd)", cfg.Address)
+		}
+		return conn, nil
+	}
 	c, err := client.New(cfg.Address,
 		client.WithDefaultNamespace(cfg.Namespace),
 		client.WithDialOpts([]grpc.DialOption{
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithContextDialer(dialer.ContextDialer),
+			grpc.WithContextDialer(dial),
 			// containerd restarts in a second or two; the library's own
 			// longest wait is much more.
 			grpc.WithConnectParams(grpc.ConnectParams{
