@@ -48,9 +48,20 @@ func (s *Server) Logs(req *nodev1.LogsRequest, stream grpc.ServerStreamingServer
 		})
 	}
 	err = logs.Read(ctx, s.cfg.LogDir(rec.ID), opts, func(l logs.Line) error {
+		if l.Gap {
+			if err := stream.Send(&nodev1.LogsResponse{
+				Stream: nodev1.Stream_STREAM_STDERR, TimeNs: unixNano(l.Time),
+				Data: []byte("bulkhead: output before this was rotated away before it was read: it came faster than the reader took it\n"),
+			}); err != nil {
+				return err
+			}
+		}
 		out := &nodev1.LogsResponse{Stream: nodev1.Stream_STREAM_STDOUT, TimeNs: unixNano(l.Time)}
 		if l.Stream == logs.Stderr {
 			out.Stream = nodev1.Stream_STREAM_STDERR
+		}
+		if l.Notice {
+			out.Data = append(out.Data, "bulkhead: "...)
 		}
 		out.Data = append(out.Data, l.Text...)
 		if !l.Partial {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,25 +30,23 @@ func writes(op string) bool {
 // whatever happened is whole in the end.
 func TestDiskFull(t *testing.T) {
 	for nth := 1; ; nth++ {
-		reached := false
+		var reached atomic.Bool
 		t.Run(fmt.Sprint(nth), func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.m.SetBusy(busy)
-				seen, room := 0, false
+				var seen atomic.Int64
+				var room atomic.Bool
 				w.m.SetFault(func(op, _ string) error {
-					if !writes(op) || room {
+					if !writes(op) || room.Load() || seen.Add(1) < int64(nth) {
 						return nil
 					}
-					if seen++; seen >= nth {
-						reached = true
-						return errors.New("no space left on device")
-					}
-					return nil
+					reached.Store(true)
+					return errors.New("no space left on device")
 				})
 				w.start(nil)
 				rec, err := w.sup.Create(t.Context(), life(), "uid:7")
 				time.Sleep(10 * time.Second)
-				room = true
+				room.Store(true)
 				if err != nil {
 					if !strings.Contains(err.Error(), "no space left") || len(w.sup.List()) != 0 {
 						t.Errorf("refused with %v, records %+v", err, w.sup.List())
@@ -68,7 +67,7 @@ func TestDiskFull(t *testing.T) {
 				w.checkGone()
 			})
 		})
-		if !reached {
+		if !reached.Load() {
 			if nth < 8 {
 				t.Errorf("a life has only %d writes", nth-1)
 			}
@@ -82,9 +81,10 @@ func TestStopWithAFullDisk(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.start(nil)
 		a := w.run(spec("a", "sleep 1000"))
-		full := true
+		var full atomic.Bool
+		full.Store(true)
 		w.m.SetFault(func(op, _ string) error {
-			if writes(op) && full {
+			if writes(op) && full.Load() {
 				return errInjected
 			}
 			return nil
@@ -99,7 +99,7 @@ func TestStopWithAFullDisk(t *testing.T) {
 		if warns := strings.Join(w.sup.Warnings(), "\n"); !strings.Contains(warns, "cannot be torn down, still trying") {
 			t.Errorf("warnings: %s", warns)
 		}
-		full = false
+		full.Store(false)
 		w.wait(a.ID)
 		w.checkGone()
 	})

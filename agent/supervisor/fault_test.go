@@ -44,6 +44,13 @@ func (f *faults) fault(point string) error {
 	return nil
 }
 
+// count answers how often it was done.
+func (f *faults) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hits
+}
+
 // busy is how often a command of the life in these tests uses something. It
 // shares no multiple with any interval of the supervisor below a minute.
 const busy = 73 * time.Millisecond
@@ -105,8 +112,8 @@ func TestBrokenAtEveryPoint(t *testing.T) {
 					f := faults{point: point, nth: nth, do: func() error { return errInjected }}
 					w.start(f.fault)
 					rec := w.wait(w.create(life()).ID)
-					if f.hits != 1 {
-						t.Fatalf("the point was reached %d times", f.hits)
+					if f.count() != 1 {
+						t.Fatalf("the point was reached %d times", f.count())
 					}
 					want, code, text := sandbox.Exited, 3, "code 3"
 					if launchPoint(point) && nth == 1 {

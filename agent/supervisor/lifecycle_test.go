@@ -176,16 +176,13 @@ func TestDeleteAndNames(t *testing.T) {
 // sandbox the moment it says Stopped, before its slot is given back.
 func TestDeleteBetweenStoppedAndReleased(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		var id string
 		f := faults{point: "release", nth: 1}
-		f.do = func() error { return w.sup.Delete(id) }
+		f.do = func() error { return w.sup.Delete(w.sup.List()[0].ID) }
 		w.start(f.fault)
-		_, sub := w.sup.Subscribe()
-		defer sub.Close()
-		id = w.create(spec("a", "sleep 1")).ID
+		w.create(spec("a", "sleep 1"))
 		time.Sleep(10 * time.Second)
-		if f.hits != 1 {
-			t.Fatalf("the point was reached %d times", f.hits)
+		if f.count() != 1 {
+			t.Fatalf("the point was reached %d times", f.count())
 		}
 		if recs := w.sup.List(); len(recs) != 0 {
 			t.Errorf("records: %+v", recs)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -73,18 +74,16 @@ func TestReloadIsAllOrNothing(t *testing.T) {
 				for _, name := range []string{"a", "b", "c"} {
 					recs = append(recs, w.run(spec(name, "sleep 1000")))
 				}
-				left := nth
+				var left atomic.Int64
+				left.Store(int64(nth))
 				w.m.SetFault(func(o, _ string) error {
-					if o != op {
-						return nil
-					}
-					if left--; left == 0 {
+					if o == op && left.Add(-1) == 0 {
 						return errInjected
 					}
 					return nil
 				})
 				updated, err := w.sup.Reload(t.Context(), tenants(t, "acme-v2"))
-				if left > 0 { // it takes fewer steps of this kind
+				if left.Load() > 0 { // it takes fewer steps of this kind
 					if err != nil || updated != 3 {
 						t.Errorf("%s %d: not broken, %d updated, %v", op, nth, updated, err)
 					}
@@ -145,8 +144,8 @@ func TestReloadDuringALaunch(t *testing.T) {
 				w.start(f.fault)
 				rec := w.run(spec("a", "sleep 5"))
 				w.checkBulk(rec, false)
-				if f.hits != 1 {
-					t.Errorf("the point was reached %d times", f.hits)
+				if f.count() != 1 {
+					t.Errorf("the point was reached %d times", f.count())
 				}
 			})
 		})
@@ -269,9 +268,10 @@ func TestAdoptionAsksUntilItIsSure(t *testing.T) {
 				w.start(nil)
 				a := w.run(spec("a", "sleep 20; exit 3"))
 				w.leave()
-				away := true
+				var away atomic.Bool
+				away.Store(true)
 				w.m.SetFault(func(o, _ string) error {
-					if o == op && away {
+					if o == op && away.Load() {
 						return errInjected
 					}
 					return nil
@@ -281,7 +281,7 @@ func TestAdoptionAsksUntilItIsSure(t *testing.T) {
 				if !w.m.LinkUp(a.ID) || strings.Contains(kinds(w.record(a.ID)), "drift") {
 					t.Errorf("link up %t, events %s", w.m.LinkUp(a.ID), kinds(w.record(a.ID)))
 				}
-				away = false
+				away.Store(false)
 				if rec := w.wait(a.ID); rec.Exit.Code != 3 {
 					t.Errorf("got %+v, want code 3", *rec.Exit)
 				}
@@ -294,10 +294,9 @@ func TestAdoptionAsksUntilItIsSure(t *testing.T) {
 				w.start(f.fault)
 				id := w.create(spec("a", "sleep 20")).ID
 				w.killed()
-				away := 3
+				var asked atomic.Int64
 				w.m.SetFault(func(o, _ string) error {
-					if o == op && away > 0 {
-						away--
+					if o == op && asked.Add(1) <= 3 {
 						return errInjected
 					}
 					return nil
@@ -319,15 +318,16 @@ func TestRuntimeAwayWhileItRuns(t *testing.T) {
 		w.m.SetBusy(busy)
 		w.start(nil)
 		a := w.run(spec("a", "sleep 30; exit 3"))
-		away := true
+		var away atomic.Bool
+		away.Store(true)
 		w.m.SetFault(func(op, _ string) error {
-			if away && (strings.HasPrefix(op, "runtime.") || strings.HasPrefix(op, "task.")) {
+			if away.Load() && (strings.HasPrefix(op, "runtime.") || strings.HasPrefix(op, "task.")) {
 				return errInjected
 			}
 			return nil
 		})
 		time.Sleep(10 * time.Second)
-		away = false
+		away.Store(false)
 		if rec := w.wait(a.ID); rec.Exit.Code != 3 {
 			t.Errorf("got %+v, want code 3", *rec.Exit)
 		}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -298,6 +299,69 @@ func TestNoContainerd(t *testing.T) {
 	}
 	if k := n.get("pump").kinds(); strings.Contains(k, "drift") {
 		t.Errorf("events: %s", k)
+	}
+}
+
+// TestOtherUsers: a user of the node sees and touches what its tenants have,
+// as the kernel says who it is, and what others have does not exist for it.
+func TestOtherUsers(t *testing.T) {
+	n := open(t)
+	if err := os.Chmod(n.Socket, 0o666); err != nil { // as a group would be let in
+		t.Fatal(err)
+	}
+	if err := os.Chmod(n.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	foreign := n.start("foreign", "globex", busybox).Sandbox.ID
+	as := func(uid uint32, args ...string) result {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		defer cancel()
+		var out, errOut bytes.Buffer
+		cmd := n.Command(ctx, args...)
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+		cmd.Dir = "/"
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		_ = cmd.Run()
+		return result{out: out.String(), err: errOut.String(), code: cmd.ProcessState.ExitCode()}
+	}
+	if r := as(1000, "run", "--name", "mine", "--tenant", "acme", busybox, "echo", "hello"); r.out != "hello\n" {
+		t.Errorf("a member of acme: %s", r)
+	}
+	if r := as(1001, "run", "-d", "--name", "team", "--tenant", "acme/vision", busybox, "sleep", "3600"); r.code != 0 {
+		t.Errorf("a member of acme/vision: %s", r)
+	}
+	team := n.get("team").Sandbox.ID
+	if by := n.get("mine"); !strings.Contains(by.kinds(), "created") {
+		t.Errorf("events: %+v", by.Events)
+	}
+	for _, c := range []struct {
+		uid  uint32
+		sees int
+	}{{1000, 2}, {1001, 1}, {4321, 0}} {
+		r := as(c.uid, "ls", "-aq")
+		if ids := strings.Fields(r.out); len(ids) != c.sees || strings.Contains(r.out, foreign) {
+			t.Errorf("uid %d lists %q, want %d of them", c.uid, ids, c.sees)
+		}
+		for _, args := range [][]string{{"get", foreign}, {"logs", foreign}, {"exec", foreign, "id"}, {"stop", foreign}, {"rm", "-f", foreign}, {"explain", foreign, "tcp", "1.2.3.4:80"}} {
+			if r := as(c.uid, args...); r.code != 1 || !strings.Contains(r.err, "no such sandbox") {
+				t.Errorf("uid %d, %q: %s", c.uid, args, r)
+			}
+		}
+		for _, args := range [][]string{{"run", "--tenant", "globex", busybox, "true"}, {"image", "import", "/etc/hostname"}, {"image", "pull", "x"}, {"reload"}} {
+			if r := as(c.uid, args...); r.code != 1 || !strings.Contains(r.err, "may not") {
+				t.Errorf("uid %d, %q: %s", c.uid, args, r)
+			}
+		}
+	}
+	if r := as(1001, "run", "--tenant", "acme", busybox, "true"); r.code != 1 || !strings.Contains(r.err, "may not act for acme") {
+		t.Errorf("a member of the team acts for the organisation: %s", r)
+	}
+	if r := as(1000, "rm", "-f", team); r.code != 0 {
+		t.Errorf("a member of the organisation, with the team's sandbox: %s", r)
+	}
+	if out := n.must("exec", "foreign", "echo", "alive"); out != "alive" {
+		t.Errorf("the other tenant's sandbox: %q", out)
 	}
 }
 

@@ -112,6 +112,21 @@ func TestBigOutput(t *testing.T) {
 	}
 }
 
+// TestOutputIsWholeOrSaidNotToBe: what comes faster than this program reads and
+// outgrows the log in that time is lost, since nothing may hold up the command.
+// That is said.
+func TestOutputIsWholeOrSaidNotToBe(t *testing.T) {
+	n := open(t)
+	r := n.do("run", "--rm", "--tenant", "acme", "--cpus", "2", busybox, "seq", "1", "3000000")
+	lines := strings.Count(r.out, "\n")
+	if said := strings.Contains(r.err, "rotated away before it was read"); r.code != 0 || (lines == 3000000) == said {
+		t.Errorf("exit %d, %d lines, %.300q", r.code, lines, r.err)
+	}
+	if !strings.HasSuffix(r.out, "\n3000000\n") {
+		t.Errorf("the end is missing: %q", r.out[max(0, len(r.out)-50):])
+	}
+}
+
 // TestLongOutputIsBounded: of a log that outgrows its bound the end is kept.
 func TestLongOutputIsBounded(t *testing.T) {
 	n := open(t)

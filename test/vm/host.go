@@ -167,32 +167,49 @@ func (h *host) runSuite(ctx context.Context, s suite) error {
 	}
 	fmt.Printf("vm: suite %s: booting with %s, built in %.0fs\n", s.name, h.accel, time.Since(start).Seconds())
 
+	for attempt := 1; ; attempt++ {
+		code, err := h.bootOnce(ctx, s, p, initrd)
+		switch {
+		case err == nil && code == 0:
+			fmt.Printf("vm: suite %s: ok in %.0fs\n", s.name, time.Since(start).Seconds())
+			return nil
+		case errors.Is(err, errGuestDied) && h.accel == "tcg" && attempt < 3 && ctx.Err() == nil:
+			// Emulated SMP guests die now and then while the kernel patches its
+			// own text. What our code breaks, it breaks again.
+			fmt.Printf("vm: suite %s: the emulated guest died; booting again\n", s.name)
+		case err != nil:
+			return fmt.Errorf("%w; the whole console is in %s", err, h.consoleLog(s))
+		default:
+			return fmt.Errorf("the guest's steps ended with %d; the whole console is in %s", code, h.consoleLog(s))
+		}
+	}
+}
+
+// errGuestDied says that the guest was gone before it had a result.
+var errGuestDied = errors.New("the guest ended without a result")
+
+func (h *host) consoleLog(s suite) string { return filepath.Join(h.dir, s.name+".log") }
+
+// bootOnce boots a guest and answers the code of its steps.
+func (h *host) bootOnce(ctx context.Context, s suite, p plan, initrd string) (int, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.limit, fmt.Errorf("not done within %v", s.limit))
 	defer cancel()
-	start = time.Now()
 	memoryMiB := h.memoryMiB
 	if s.memoryMiB != 0 {
 		memoryMiB = s.memoryMiB
 	}
+	start := time.Now()
 	g, err := h.boot(ctx, h.accel, memoryMiB, initrd, true)
 	if err != nil {
-		return err
+		return 1, err
 	}
 	defer g.kill()
-	log, err := os.Create(filepath.Join(h.dir, s.name+".log"))
+	log, err := os.Create(h.consoleLog(s))
 	if err != nil {
-		return err
+		return 1, err
 	}
-	defer log.Close()
 	code, err := listen(ctx, g.console, log, p.Nonce, start)
-	if err != nil {
-		return fmt.Errorf("%w; the whole console is in %s", err, log.Name())
-	}
-	if code != 0 {
-		return fmt.Errorf("the guest's steps ended with %d; the whole console is in %s", code, log.Name())
-	}
-	fmt.Printf("vm: suite %s: ok in %.0fs\n", s.name, time.Since(start).Seconds())
-	return nil
+	return code, errors.Join(err, log.Close())
 }
 
 func (h *host) writePlan(initrd string, p plan) error {
@@ -244,7 +261,7 @@ func listen(ctx context.Context, console io.Reader, log io.Writer, nonce string,
 		select {
 		case line, open := <-lines:
 			if !open {
-				return fail(errors.New("the guest ended without a result"))
+				return fail(errGuestDied)
 			}
 			fmt.Fprintf(log, "%7.1f %s\n", time.Since(start).Seconds(), line)
 			if code, ok := parseResult(line, nonce); ok {
