@@ -39,7 +39,7 @@ func TestDiskFull(t *testing.T) {
 		return fmt.Sprintf("aaaaaaaa%c%c%c%c", 'a'+i/26/26/26%26, 'a'+i/26/26%26, 'a'+i/26%26, 'a'+i%26)
 	}
 	for {
-		r, err := s.Reserve(rec(id(n), name(n)), 1<<20)
+		r, err := s.Reserve(rec(id(n), name(n)), 1<<20, nil)
 		if errors.Is(err, unix.ENOSPC) {
 			break
 		}
@@ -70,7 +70,7 @@ func TestDiskFull(t *testing.T) {
 	s = open(t, path)
 	check(n)
 	for range 50 {
-		r, err := s.Reserve(rec(id(n), name(n)), 1<<20)
+		r, err := s.Reserve(rec(id(n), name(n)), 1<<20, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -166,9 +166,9 @@ func put(tx *bolt.Tx, rec sandbox.Record) error {
 }
 
 // Reserve writes a new record and claims its name and the lowest free slot
-// between 1 and maxSlot, which it answers in the record. Errors:
-// *NameTakenError, ErrNoSlot.
-func (s *Store) Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, error) {
+// between 1 and maxSlot that is not taken, which it answers in the record.
+// Errors: *NameTakenError, ErrNoSlot.
+func (s *Store) Reserve(rec sandbox.Record, maxSlot uint32, taken map[uint32]string) (sandbox.Record, error) {
 	err := s.db.Update(func(tx *bolt.Tx) error {
 		if tx.Bucket(bucketSandboxes).Get([]byte(rec.ID)) != nil {
 			return fmt.Errorf("id %s is in use", rec.ID)
@@ -177,7 +177,7 @@ func (s *Store) Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, err
 		if id := names.Get(nameKey(rec)); id != nil {
 			return &NameTakenError{Tenant: string(rec.Spec.Tenant), Name: rec.Spec.Name, ID: string(id)}
 		}
-		slot, err := freeSlot(tx, maxSlot)
+		slot, err := freeSlot(tx, maxSlot, taken)
 		if err != nil {
 			return err
 		}
@@ -195,16 +195,19 @@ func (s *Store) Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, err
 }
 
 // freeSlot walks the slots that are held, which are in order.
-func freeSlot(tx *bolt.Tx, maxSlot uint32) (uint32, error) {
-	next := uint32(1)
+func freeSlot(tx *bolt.Tx, maxSlot uint32, taken map[uint32]string) (uint32, error) {
 	c := tx.Bucket(bucketSlots).Cursor()
-	for k, _ := c.First(); k != nil && binary.BigEndian.Uint32(k) == next; k, _ = c.Next() {
-		next++
+	held, _ := c.First()
+	for slot := uint32(1); slot <= maxSlot; slot++ {
+		if held != nil && binary.BigEndian.Uint32(held) == slot {
+			held, _ = c.Next()
+			continue
+		}
+		if _, is := taken[slot]; !is {
+			return slot, nil
+		}
 	}
-	if next > maxSlot {
-		return 0, fmt.Errorf("%w: %d are held", ErrNoSlot, maxSlot)
-	}
-	return next, nil
+	return 0, fmt.Errorf("%w: %d are held", ErrNoSlot, maxSlot)
 }
 
 // Put replaces a record that Reserve has made.

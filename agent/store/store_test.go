@@ -44,7 +44,7 @@ func rec(id, name string) sandbox.Record {
 
 func reserve(t *testing.T, s *Store, r sandbox.Record) sandbox.Record {
 	t.Helper()
-	got, err := s.Reserve(r, 10)
+	got, err := s.Reserve(r, 10, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +60,7 @@ func TestReserveReleaseDelete(t *testing.T) {
 		t.Fatalf("slots: got %d and %d, want 1 and 2", a.Slot, b.Slot)
 	}
 	var taken *NameTakenError
-	if _, err := s.Reserve(rec("cccccccccccc", "one"), 10); !errors.As(err, &taken) || taken.ID != a.ID {
+	if _, err := s.Reserve(rec("cccccccccccc", "one"), 10, nil); !errors.As(err, &taken) || taken.ID != a.ID {
 		t.Errorf("same name: got %v, want NameTakenError of %s", err, a.ID)
 	}
 	if err := s.Release(a.ID); err != nil {
@@ -139,11 +139,17 @@ func TestSecondOpenIsRefused(t *testing.T) {
 func TestSlotsRunOut(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "db"))
 	for i := range 3 {
-		if _, err := s.Reserve(rec(fmt.Sprintf("aaaaaaaaaaa%c", 'a'+i), fmt.Sprint(i)), 3); err != nil {
+		if _, err := s.Reserve(rec(fmt.Sprintf("aaaaaaaaaaa%c", 'a'+i), fmt.Sprint(i)), 3, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 3); !errors.Is(err, ErrNoSlot) {
+	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 5, map[uint32]string{4: "stranger", 5: "stranger"}); !errors.Is(err, ErrNoSlot) {
+		t.Errorf("only taken slots: got %v, want ErrNoSlot", err)
+	}
+	if r, err := s.Reserve(rec("bbbbbbbbbbbc", "y"), 5, map[uint32]string{4: "stranger"}); err != nil || r.Slot != 5 {
+		t.Errorf("slot 4 is taken: got %d, %v, want 5", r.Slot, err)
+	}
+	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 3, nil); !errors.Is(err, ErrNoSlot) {
 		t.Errorf("got %v, want ErrNoSlot", err)
 	}
 	if recs, err := s.Load(); err != nil || len(recs) != 3 {
@@ -158,7 +164,7 @@ func TestConcurrentReserve(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() {
-			r, err := s.Reserve(rec(sandbox.NewID(), sandbox.NewID()+"-x"), 100)
+			r, err := s.Reserve(rec(sandbox.NewID(), sandbox.NewID()+"-x"), 100, nil)
 			if err != nil {
 				t.Error(err)
 				return

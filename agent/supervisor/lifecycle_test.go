@@ -430,7 +430,12 @@ func TestUnknownThingsAreLeftAlone(t *testing.T) {
 				t.Errorf("warnings do not name %q: %s", what, warns)
 			}
 		}
-		if left := w.m.Leftovers(); len(left) != 4 {
+		// Nor are they in anybody's way.
+		rec := w.wait(w.run(spec("a", "sleep 1; exit 3")).ID)
+		if rec.Slot != 2 || rec.Exit.Code != 3 {
+			t.Errorf("beside a stranger in slot 1 a sandbox gets slot %d and ends with %+v", rec.Slot, *rec.Exit)
+		}
+		if left := w.m.Leftovers(); len(left) != 4 || !w.m.LinkUp(stranger.ID) || !w.m.Running(stranger.ID) {
 			t.Errorf("a stranger's things: %q, want all 4 of them", left)
 		}
 	})

@@ -64,7 +64,7 @@ var ErrLeaving = errors.New("the agent is stopping")
 
 // Store keeps records and meter marks; agent/store is the real one.
 type Store interface {
-	Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, error)
+	Reserve(rec sandbox.Record, maxSlot uint32, taken map[uint32]string) (sandbox.Record, error)
 	Put(rec sandbox.Record) error
 	Load() ([]sandbox.Record, error)
 	Release(id string) error
@@ -102,6 +102,7 @@ type Egress interface {
 	Traffic(slot uint32) (Traffic, error)
 	Detach(id string, slot uint32) error
 	List() ([]string, error)
+	Slots() (map[uint32]string, error) // ids by slot
 }
 
 // CgroupUsage is what the kernel says a sandbox has used; nil is unknown.
@@ -309,7 +310,12 @@ func (s *Supervisor) reserve(rec sandbox.Record, claim admit.Claim) (*box, error
 		return nil, err
 	}
 	rec.PolicyDigest = prog.Digest
-	if rec, err = s.cfg.Store.Reserve(rec, s.cfg.MaxSlot); err != nil {
+	// Something that no record knows of may hold a slot, and with it an address.
+	taken, err := s.cfg.Egress.Slots()
+	if err != nil {
+		return nil, err
+	}
+	if rec, err = s.cfg.Store.Reserve(rec, s.cfg.MaxSlot, taken); err != nil {
 		return nil, err
 	}
 	b := newBox(s, rec)
@@ -351,11 +357,16 @@ func (s *Supervisor) Launched(ctx context.Context, id string) (sandbox.Record, e
 	}
 	select {
 	case <-b.launched:
-		rec := b.record()
-		if rec.State == sandbox.Admitted || rec.State == sandbox.Placed {
-			return sandbox.Record{}, ErrLeaving // the next agent undoes what there is
+		b.mu.Lock()
+		rec, failed := b.rec.Clone(), b.launchErr
+		b.mu.Unlock()
+		switch {
+		case rec.State != sandbox.Admitted && rec.State != sandbox.Placed:
+			return rec, nil
+		case failed != nil: // the disk does not even take the record of it
+			return sandbox.Record{}, fmt.Errorf("sandbox %s (%s) did not start: %w", rec.Spec.Name, rec.ID, failed)
 		}
-		return rec, nil
+		return sandbox.Record{}, ErrLeaving // the next agent undoes what there is
 	case <-ctx.Done():
 		return sandbox.Record{}, ctx.Err()
 	}

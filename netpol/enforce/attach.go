@@ -453,6 +453,21 @@ func (e *Enforcer) removeLinks(id string) error {
 	return nil
 }
 
+// Slots answers which sandbox has which slot.
+func (e *Enforcer) Slots() (map[uint32]string, error) {
+	if err := e.use(); err != nil {
+		return nil, err
+	}
+	defer e.life.RUnlock()
+	e.ids.Lock()
+	defer e.ids.Unlock()
+	out := make(map[uint32]string, len(e.byID))
+	for id, n := range e.byID {
+		out[n] = id
+	}
+	return out, nil
+}
+
 // List answers the ids that have a slot or pinned links, sorted.
 func (e *Enforcer) List() ([]string, error) {
 	if err := e.use(); err != nil {

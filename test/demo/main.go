@@ -347,10 +347,10 @@ func (d *demo) crash() error {
 	const loop = `
 import time, urllib.request
 while True:
-    urllib.request.urlopen("http://203.0.113.10/tick", timeout=5).read()
+    urllib.request.urlopen("http://203.0.113.10/tick", timeout=30).read()
     time.sleep(0.05)
 `
-	_, code := d.show("run", "-d", "--name", "ticker", "--tenant", "acme", "--cpus", "0.3", "--memory", "96MiB", python, "python3", "-c", loop)
+	_, code := d.show("run", "-d", "--name", "ticker", "--tenant", "acme", "--cpus", "1", "--memory", "96MiB", python, "python3", "-c", loop)
 	if code != 0 {
 		return fmt.Errorf("start ticker: exit %d", code)
 	}
@@ -389,10 +389,11 @@ while True:
 	return nil
 }
 
-// ticks waits for n more requests at the API host.
+// ticks waits for n more requests at the API host; long, because an emulated
+// guest is slow.
 func (d *demo) ticks(n int) bool {
 	start := d.rig.Net.Requests("api")
-	for range 100 {
+	for range 600 {
 		if d.rig.Net.Requests("api") >= start+n {
 			return true
 		}

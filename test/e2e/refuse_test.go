@@ -500,6 +500,7 @@ func TestFullDisk(t *testing.T) {
 	n.must("run", "--name", "before", "--tenant", "acme", busybox, "true")
 
 	filler := filepath.Join(state, "filler")
+	defer os.Remove(filler)
 	fill(t, filler)
 	for i := range 3 {
 		r := n.do("run", "--name", "refused", "--tenant", "acme", busybox, "true")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"sync/atomic"
 	"syscall"
 
@@ -228,6 +229,16 @@ func (e egress) List() ([]string, error) {
 	return keys(m.programs), nil
 }
 
+func (e egress) Slots() (map[uint32]string, error) {
+	if err := e.p.enter("egress.Slots", ""); err != nil {
+		return nil, err
+	}
+	m := e.p.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return maps.Clone(m.slots), nil
+}
+
 type cgroups struct{ p *Process }
 
 func (c cgroups) Ensure(path string, q tenant.Quota) error {
@@ -430,11 +441,11 @@ func (t task) Wait(ctx context.Context) (runtime.Exit, error) {
 
 type store struct{ p *Process }
 
-func (s store) Reserve(rec sandbox.Record, maxSlot uint32) (sandbox.Record, error) {
+func (s store) Reserve(rec sandbox.Record, maxSlot uint32, taken map[uint32]string) (sandbox.Record, error) {
 	if err := s.p.enter("store.Reserve", rec.ID); err != nil {
 		return sandbox.Record{}, err
 	}
-	return s.p.store.Reserve(rec, maxSlot)
+	return s.p.store.Reserve(rec, maxSlot, taken)
 }
 
 func (s store) Put(rec sandbox.Record) error {
