@@ -136,18 +136,28 @@ func TestSecondOpenIsRefused(t *testing.T) {
 	}
 }
 
+func TestTakenSlots(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "bulkhead.db"))
+	taken := map[uint32]string{1: "stranger", 3: "stranger"}
+	for i, want := range []uint32{2, 4} {
+		if r, err := s.Reserve(rec(fmt.Sprintf("aaaaaaaaaaa%c", 'a'+i), fmt.Sprint(i)), 4, taken); err != nil || r.Slot != want {
+			t.Errorf("got slot %d, %v, want %d", r.Slot, err, want)
+		}
+	}
+	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 4, taken); !errors.Is(err, ErrNoSlot) {
+		t.Errorf("got %v, want ErrNoSlot", err)
+	}
+	if r, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 4, nil); err != nil || r.Slot != 1 {
+		t.Errorf("once it is free: got slot %d, %v, want 1", r.Slot, err)
+	}
+}
+
 func TestSlotsRunOut(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "db"))
 	for i := range 3 {
 		if _, err := s.Reserve(rec(fmt.Sprintf("aaaaaaaaaaa%c", 'a'+i), fmt.Sprint(i)), 3, nil); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 5, map[uint32]string{4: "stranger", 5: "stranger"}); !errors.Is(err, ErrNoSlot) {
-		t.Errorf("only taken slots: got %v, want ErrNoSlot", err)
-	}
-	if r, err := s.Reserve(rec("bbbbbbbbbbbc", "y"), 5, map[uint32]string{4: "stranger"}); err != nil || r.Slot != 5 {
-		t.Errorf("slot 4 is taken: got %d, %v, want 5", r.Slot, err)
 	}
 	if _, err := s.Reserve(rec("bbbbbbbbbbbb", "x"), 3, nil); !errors.Is(err, ErrNoSlot) {
 		t.Errorf("got %v, want ErrNoSlot", err)

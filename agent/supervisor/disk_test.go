@@ -3,6 +3,7 @@
 package supervisor_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -45,6 +46,15 @@ func TestDiskFull(t *testing.T) {
 				})
 				w.start(nil)
 				rec, err := w.sup.Create(t.Context(), life(), "uid:7")
+				if err == nil {
+					// Nobody waits for the room before being told.
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					_, lerr := w.sup.Launched(ctx, rec.ID)
+					cancel()
+					if lerr != nil && !strings.Contains(lerr.Error(), "no space left") {
+						t.Errorf("launched: %v", lerr)
+					}
+				}
 				time.Sleep(10 * time.Second)
 				room.Store(true)
 				if err != nil {

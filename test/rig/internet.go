@@ -33,16 +33,16 @@ var (
 
 type hostSpec struct {
 	name     string
-	addrs    []string // of the host
+	addrs    []string // of the host, with the network that it sees
 	gateways []string // of our side of the link
 }
 
-// hosts of the internet. Our side of each link has the first address of its
-// network.
+// hosts of the internet. This machine gets a route to each host alone and not
+// to its network: something real may live in these documentation networks.
 var hosts = []hostSpec{
-	{"api", []string{"203.0.113.10/24", "2001:db8:113::10/64"}, []string{"203.0.113.1/24", "2001:db8:113::1/64"}},
-	{"far", []string{"198.51.100.7/24", "2001:db8:51::7/64"}, []string{"198.51.100.1/24", "2001:db8:51::1/64"}},
-	{"meta", []string{"169.254.169.254/30"}, []string{"169.254.169.253/30"}},
+	{"api", []string{"203.0.113.10/24", "2001:db8:113::10/64"}, []string{"203.0.113.1/32", "2001:db8:113::1/128"}},
+	{"far", []string{"198.51.100.7/24", "2001:db8:51::7/64"}, []string{"198.51.100.1/32", "2001:db8:51::1/128"}},
+	{"meta", []string{"169.254.169.254/30"}, []string{"169.254.169.253/32"}},
 }
 
 // hostLink names our side of a host's link.
@@ -102,6 +102,9 @@ func (n *Internet) addHost(h hostSpec) error {
 	if err := configure(nil, hostLink(h.name), h.gateways); err != nil {
 		return err
 	}
+	if err := routeTo(hostLink(h.name), h.addrs); err != nil {
+		return err
+	}
 	return inNetns(ns, func() error {
 		hn, err := netlink.NewHandle()
 		if err != nil {
@@ -129,6 +132,29 @@ func (n *Internet) addHost(h hostSpec) error {
 		}
 		return n.serve(h)
 	})
+}
+
+// routeTo adds a route to each address alone.
+func routeTo(name string, addrs []string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		ip, _, err := net.ParseCIDR(a)
+		if err != nil {
+			return err
+		}
+		bits := 8 * len(ip)
+		if v4 := ip.To4(); v4 != nil {
+			ip, bits = v4, 32
+		}
+		dst := &net.IPNet{IP: ip, Mask: net.CIDRMask(bits, bits)}
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst, Scope: netlink.SCOPE_LINK}); err != nil {
+			return fmt.Errorf("route to %s: %w", a, err)
+		}
+	}
+	return nil
 }
 
 // configure gives a link its addresses and brings it up. A nil handle is this
