@@ -302,7 +302,7 @@ func (n *node) spoolFull() string {
 		return "the usage spool cannot be written: " + st.Err.Error()
 	}
 	if !st.Full {
-		return ""
+		return n.diskFull()
 	}
 	why := "no gateway is configured"
 	if n.report != nil {
@@ -313,6 +313,27 @@ func (n *node) spoolFull() string {
 		}
 	}
 	return fmt.Sprintf("the usage spool holds %d of %d bytes (%s)", st.Bytes, st.Limit, why)
+}
+
+// minFree is how much of the state directory's disk must be free for a sandbox
+// to start: room for records, and for the usage of what runs until somebody has
+// made more.
+const minFree = 4 << 20
+
+// diskFull says why the disk takes no new sandbox's usage, or nothing. To wait
+// for a write to fail would be too late: the sandbox would run by then.
+func (n *node) diskFull() string {
+	var st unix.Statfs_t
+	if err := unix.Statfs(n.cfg.StateDir, &st); err != nil {
+		return fmt.Sprintf("read free space of %s: %v", n.cfg.StateDir, err)
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < minFree {
+		return fmt.Sprintf("no space left on device: %d bytes are free in %s, %d must be", free, n.cfg.StateDir, minFree)
+	}
+	if st.Files > 0 && st.Ffree == 0 {
+		return fmt.Sprintf("no space left on device: no inode is free in %s", n.cfg.StateDir)
+	}
+	return ""
 }
 
 // reload reads the tenants directory again and puts it in force.

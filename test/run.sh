@@ -13,7 +13,7 @@ export CI=true
 export BULKHEAD_BIN=${BULKHEAD_BIN:-$PWD/build/bin}
 
 # Packages whose tests change the machine: they need root.
-node='/(agent|bpf|cgroups|netpol/enforce|netpol/link|runtime/containerd|test/.*)$'
+node='/(agent|agent/api|bpf|cgroups|netpol/enforce|netpol/link|runtime/containerd|test/.*)$'
 # SQLite in Go takes minutes to compile for the race detector.
 norace='/(gateway|gateway/(ingest|ledger)|test)$'
 

@@ -426,7 +426,7 @@ func (d *demo) adopted(ref string) (record, error) {
 
 func (d *demo) refusals() error {
 	d.head("7. No room, and who says so")
-	out, code := d.show("run", "--tenant", "globex", "--memory", "4GiB", busybox, "true")
+	out, code := d.show("run", "--tenant", "globex", "--cpus", "0.1", "--memory", "4GiB", busybox, "true")
 	d.check("a sandbox beyond its tenant's quota is refused with the limit and who set it", code == 1 && strings.Contains(out, "globex"), out)
 	out, code = d.show("run", "--tenant", "initech", busybox, "true")
 	d.check("a tenant that does not exist is refused", code == 1 && strings.Contains(out, "initech"), out)

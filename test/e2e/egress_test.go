@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bulkheadhq/bulkhead/test/rig"
 )
 
@@ -77,7 +79,7 @@ func (l *listener) serve(c net.PacketConn) {
 func TestExplainIsWhatHappens(t *testing.T) {
 	n := open(t)
 	other := n.start("neighbour", "acme", python)
-	box := n.start("box", "acme", python)
+	n.start("box", "acme", python)
 	host, err := net.Listen("tcp", ":0") // a service of the host, on all its addresses
 	if err != nil {
 		t.Fatal(err)
@@ -207,7 +209,6 @@ func TestExplainIsWhatHappens(t *testing.T) {
 			t.Errorf("%d packets dropped for %s, want %d at least: %+v", d, reason, min, rec.Drops)
 		}
 	}
-	_ = box
 }
 
 // hostAddrs answers the host's own addresses that could be reached.
@@ -334,8 +335,8 @@ func TestForgedFrames(t *testing.T) {
 	src4, src6 := netip.MustParseAddr(box.Sandbox.Addresses[0]), netip.MustParseAddr(box.Sandbox.Addresses[1])
 	other4 := netip.MustParseAddr("100.127.9.9")
 	gw := net.HardwareAddr{0x02, 0x62, 0x69, 0, 0, 1}
-	good := frame{dst: gw, src: mac, from: src4, to: rig.API4, port: 5353}
-	v6 := frame{dst: gw, src: mac, from: src6, to: rig.API6, port: 5353}
+	good := frame{dst: gw, src: mac, from: src4, to: rig.API4, port: 5353, proto: unix.IPPROTO_UDP}
+	v6 := good.with(func(f *frame) { f.from, f.to = src6, rig.API6 })
 	for _, c := range []struct {
 		reason string
 		frame  []byte

@@ -18,24 +18,18 @@ type frame struct {
 	dst, src  net.HardwareAddr
 	from, to  netip.Addr
 	port      uint16
-	proto     byte // 0 is UDP for IPv4; with IPv6 the caller says so
+	proto     byte
 	ethertype uint16
 	fragment  bool
 	vlan      bool
-	proto0    bool
 }
 
 func (f frame) with(change func(*frame)) frame {
-	f.proto = 17
 	change(&f)
-	f.proto0 = f.proto == 0
 	return f
 }
 
 func (f frame) bytes() []byte {
-	if f.proto == 0 && !f.proto0 {
-		f.proto = 17
-	}
 	payload := []byte("forged datagram")
 	udp := make([]byte, 8, 8+len(payload))
 	binary.BigEndian.PutUint16(udp, 40000)
