@@ -35,10 +35,10 @@ type step struct {
 
 // suites is the registry. Emulation is ten to twenty times slower than the
 // host: list the tests that need the guest, not all that exist. What `all` runs
-// takes 9 minutes on two quiet cores and must stay below 12.
+// takes 7 minutes on two quiet cores and must stay below 12.
 var suites = []suite{
 	{
-		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 8 * time.Minute,
+		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 6 * time.Minute,
 		steps: []step{
 			{pkg: "./cgroups", test: true, limit: 2 * time.Minute},
 			{
@@ -54,15 +54,15 @@ var suites = []suite{
 		},
 	},
 	{
-		name: "systemd", about: "the agent as a systemd unit", mode: systemd, all: true, limit: 4 * time.Minute,
+		name: "systemd", about: "the agent as a systemd unit", mode: systemd, all: true, limit: 2 * time.Minute,
 		steps: []step{
 			{pkg: "./test/vm/systemd", test: true, limit: 3 * time.Minute},
 		},
 	},
 	{
-		name: "demo", about: "the demo on a unified hierarchy", mode: plain, all: true, limit: 6 * time.Minute, memoryMiB: 8192,
+		name: "demo", about: "the demo on a unified hierarchy", mode: plain, all: true, limit: 4 * time.Minute, memoryMiB: 8192,
 		steps: []step{
-			{pkg: "./test/demo", limit: 5 * time.Minute},
+			{pkg: "./test/demo", limit: 4 * time.Minute},
 		},
 	},
 }
