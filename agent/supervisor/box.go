@@ -41,7 +41,8 @@ type box struct {
 	// repair is held while link and program of a running sandbox are put
 	// right, so that nothing is made again that teardown has removed. Taken
 	// before mu.
-	repair sync.Mutex
+	repair  sync.Mutex
+	repairs int // +checklocks:repair; that have failed since the last drift
 
 	// stop wakes the goroutine for a request that is already on disk. Depth 8:
 	// a polite request, an impatient one and some to spare; more are dropped,

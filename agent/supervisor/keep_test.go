@@ -51,3 +51,26 @@ func TestOwnPolicyDoesNotHoldUpAReload(t *testing.T) {
 		}
 	})
 }
+
+// TestDriftIsRepairedAtTheThirdTry: a repair that fails for a while leaves the
+// sandbox running, its link down, until it works.
+func TestDriftIsRepairedAtTheThirdTry(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.start(nil)
+		a := w.run(spec("a", "sleep 1000"))
+		left := 2
+		w.m.SetFault(func(op, _ string) error {
+			if op == "egress.Attach" && left > 0 {
+				left--
+				return errInjected
+			}
+			return nil
+		})
+		w.m.TakeOff(a.ID)
+		time.Sleep(time.Minute)
+		rec := w.record(a.ID)
+		if left != 0 || !w.m.LinkUp(a.ID) || strings.Count(kinds(rec), "drift") != 1 || !strings.Contains(kinds(rec), "repaired") {
+			t.Errorf("%d faults left, link up %t, events %s", left, w.m.LinkUp(a.ID), kinds(rec))
+		}
+	})
+}

@@ -168,16 +168,25 @@ func (b *box) verify(ctx context.Context) {
 		return
 	}
 	err := b.s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex)
-	if err == nil || b.record().State != sandbox.Running {
-		return
+	if err == nil && b.repairs == 0 || b.record().State != sandbox.Running {
+		return // with a repair begun, the link is still down
 	}
 	if derr := b.s.cfg.Links.Down(rec.ID); derr != nil {
 		b.s.cfg.Log.Error("take link down", "sandbox", rec.ID, "err", derr)
 	}
-	b.note("drift", "link down until repaired: %v", err)
+	if b.repairs == 0 {
+		b.note("drift", "link down until repaired: %v", err)
+	}
+	// A want of memory or of descriptors passes; until then the link is down.
 	if err := b.reattach(ctx); err != nil {
-		b.cutOff(err)
+		if b.repairs++; b.repairs == maxRepairs {
+			b.cutOff(err)
+		}
 		return
 	}
+	b.repairs = 0
 	b.note("repaired", "egress enforced again")
 }
+
+// maxRepairs is how often a repair may fail before the sandbox is stopped.
+const maxRepairs = 5

@@ -105,6 +105,8 @@ type hostLimits struct {
 	// missing says which of cpu, memory, pids the node has no controller for,
 	// and memsw if swap cannot be limited.
 	missing []string
+	// unified: all on cgroup v2, where a sandbox out of memory can end whole.
+	unified bool
 }
 
 // readHostLimits asks the kernel.
@@ -122,6 +124,8 @@ func readHostLimits() hostLimits {
 		}
 	}
 	h.missing = missingControllers("/sys/fs/cgroup")
+	_, err := os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	h.unified = err == nil
 	return h
 }
 
@@ -300,6 +304,11 @@ func (b bundle) resources() (*specs.LinuxResources, error) {
 			if !s.Partial || !slices.Contains(b.limits.missing, "memsw") {
 				// Memory and swap together: none of it is swap.
 				res.Memory.Swap = &limit
+			}
+			if b.limits.unified {
+				// Not one process of it, chosen by size, while the rest goes on
+				// without.
+				res.Unified = map[string]string{"memory.oom.group": "1"}
 			}
 		}},
 		{"pids", s.PIDs, func() {

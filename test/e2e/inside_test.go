@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/bulkheadhq/bulkhead/test/need"
 	"time"
 )
 
@@ -60,6 +62,18 @@ func TestMemoryLimit(t *testing.T) {
 	r := n.do("run", "--name", "greedy", "--tenant", "acme", "--memory", "48MiB", python, "python3", "-c", "x = []\nwhile True: x.append(bytearray(1 << 20))")
 	x := n.get("greedy").Sandbox.Exit
 	if r.code != 137 || !strings.Contains(x.Reason, "OOM") || !strings.Contains(x.Message, fmt.Sprint(48<<20)) {
+		t.Errorf("exit %d, record %+v: %s", r.code, x, r)
+	}
+}
+
+// TestOutOfMemoryEndsTheWholeSandbox: also when it was a child of the command
+// that took the memory.
+func TestOutOfMemoryEndsTheWholeSandbox(t *testing.T) {
+	need.CgroupV2(t)
+	n := open(t)
+	r := n.do("run", "--name", "family", "--tenant", "acme", "--memory", "48MiB", python, "sh", "-c",
+		"python3 -c 'x = bytearray(1 << 28)'; echo the command went on")
+	if x := n.get("family").Sandbox.Exit; r.code != 137 || !strings.Contains(x.Reason, "OOM") || strings.Contains(r.out, "went on") {
 		t.Errorf("exit %d, record %+v: %s", r.code, x, r)
 	}
 }

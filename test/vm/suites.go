@@ -47,7 +47,7 @@ var suites = []suite{
 			},
 			{
 				pkg: "./test/e2e", test: true, limit: 4 * time.Minute,
-				args: []string{"-test.run=^(TestForkBomb|TestHelloWorld|TestLifecycle|TestMemoryLimit|TestTenantLimitsHoldAgainstTwoSandboxes)$"},
+				args: []string{"-test.run=^(TestForkBomb|TestHelloWorld|TestLifecycle|TestMemoryLimit|TestOutOfMemoryEndsTheWholeSandbox|TestTenantLimitsHoldAgainstTwoSandboxes)$"},
 			},
 			{pkg: "./netpol/enforce", test: true, limit: 3 * time.Minute},
 			{pkg: "./netpol/link", test: true, limit: 3 * time.Minute},
