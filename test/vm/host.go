@@ -173,7 +173,7 @@ func (h *host) runSuite(ctx context.Context, s suite) error {
 		case err == nil && code == 0:
 			fmt.Printf("vm: suite %s: ok in %.0fs\n", s.name, time.Since(start).Seconds())
 			return nil
-		case errors.Is(err, errGuestDied) && h.accel == "tcg" && attempt < 3 && ctx.Err() == nil:
+		case errors.Is(err, errGuestDied) && h.accel == "tcg" && attempt < 4 && ctx.Err() == nil:
 			// Emulated SMP guests die now and then while the kernel patches its
 			// own text. What our code breaks, it breaks again.
 			fmt.Printf("vm: suite %s: the emulated guest died; booting again\n", s.name)
