@@ -4,8 +4,8 @@
 // and runc state under one temporary directory, nothing shared with the
 // machine's own containerd.
 //
-// Start is for tests, Open for the demo and the benchmarks. Close ends every
-// process, mount and cgroup that came of it. A process that was killed before
+// Tests call Need first. Close ends every process, mount and cgroup that came of
+// what Open started. A process that was killed before
 // it could close leaves a directory whose lock nobody holds; the next Open on
 // the machine clears it, by the process ids written in it.
 //
@@ -127,24 +127,6 @@ type Daemon struct {
 }
 
 var instances atomic.Int64
-
-// Start runs a private containerd for the length of a test.
-func Start(t testing.TB) *Daemon {
-	t.Helper()
-	d, err := Open(Config{BinDir: Need(t)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("containerd log, last part:\n%s", d.LogTail(8<<10))
-		}
-		if err := d.Close(); err != nil {
-			t.Errorf("close containerd: %v", err)
-		}
-	})
-	return d
-}
 
 // Open runs a private containerd and waits until it answers.
 func Open(cfg Config) (*Daemon, error) {
