@@ -12,19 +12,21 @@ import (
 // Compile folds a chain of layers, ancestors first, into one Program.
 //
 // It refuses layers that Parse would not have made, an allow rule of which
-// some target or port lies wholly outside an ancestor's guardrail, and a
-// prefix whose decision takes more than MaxPortRules steps. What lies partly
-// outside a guardrail is cut down to it. Errors are *Error, joined if there
-// are several.
+// some target or port lies wholly outside an ancestor's guardrail, a prefix
+// whose decision takes more than MaxPortRules steps, and more than MaxLevels
+// rates or budgets. What lies partly outside a guardrail is cut down to it.
+// Errors are *Error, joined if there are several.
 func Compile(layers []Layer) (Program, error) {
-	c := compiler{layers: layers}
+	c := compiler{layers: layers, auditFrom: auditFrom(layers)}
 	c.number()
+	c.limits()
 	if len(c.errs) == 0 {
 		c.checkGuardrails()
 	}
 	if err := joinErrors(c.errs); err != nil {
 		return Program{}, err
 	}
+	c.names()
 	c.index()
 	c.walk()
 	if err := joinErrors(c.errs); err != nil {
@@ -42,9 +44,10 @@ func Compile(layers []Layer) (Program, error) {
 // for all of p's own addresses, and a walk down the sorted prefixes with a
 // stack sees for each p exactly the prefixes that matter.
 type compiler struct {
-	layers []Layer
-	errs   []*Error
-	prog   Program
+	layers    []Layer
+	auditFrom int // first layer of those at the end that only watch
+	errs      []*Error
+	prog      Program
 
 	rules  []flatRule // by rule ID
 	bounds []flatBound
@@ -54,6 +57,7 @@ type compiler struct {
 }
 
 type flatRule struct {
+	id     uint16
 	layer  int
 	rule   Rule
 	ports  []PortRange // merged
@@ -96,7 +100,7 @@ func (c *compiler) number() {
 			if len(ports) == 0 && r.Action == Deny {
 				ports = everyPort()
 			}
-			c.rules = append(c.rules, flatRule{layer: i, rule: r, ports: mergePorts(ports)})
+			c.rules = append(c.rules, flatRule{id: uint16(len(c.rules)), layer: i, rule: r, ports: mergePorts(ports)})
 			targets += countTargets(r.To)
 		}
 		if g := l.Policy.Guardrail; g != nil {
@@ -118,7 +122,7 @@ func (c *compiler) number() {
 	}
 	for i, r := range c.rules {
 		c.prog.Rules = append(c.prog.Rules, RuleRef{
-			ID: uint16(i), Tenant: c.layers[r.layer].Tenant, Name: r.rule.Name, Action: r.rule.Action,
+			ID: uint16(i), Tenant: c.layers[r.layer].Tenant, Name: r.rule.Name, Action: r.rule.Action, Rate: r.rule.Rate,
 		})
 	}
 }
@@ -142,133 +146,10 @@ func countTargets(to []Target) int {
 	return n
 }
 
-// checkLayer refuses what Parse cannot make, so that a policy built by other
-// means cannot mean something that the kernel would understand otherwise.
-func (c *compiler) checkLayer(l Layer) {
-	if l.Policy.Mode != ModeEnforce {
-		c.add(l, 0, "policy of %s has unknown %s", l.Tenant, l.Policy.Mode)
-	}
-	for _, r := range l.Policy.Rules {
-		what := fmt.Sprintf("rule %q of %s", r.Name, l.Tenant)
-		if r.Name == "" {
-			c.add(l, r.Line, "a rule of %s has no name", l.Tenant)
-		}
-		if r.Action != Allow && r.Action != Deny {
-			c.add(l, r.Line, "%s has unknown %s", what, r.Action)
-		}
-		if len(r.Ports) == 0 && r.Action != Deny {
-			c.add(l, r.Line, "%s has no ports", what)
-		}
-		c.checkTargets(l, r.Line, what, r.To)
-		c.checkPorts(l, r.Line, what, r.Ports)
-	}
-	if g := l.Policy.Guardrail; g != nil {
-		for _, b := range g.Bounds {
-			what := "a guardrail bound of " + l.Tenant
-			if len(b.Ports) == 0 {
-				c.add(l, b.Line, "%s has no ports", what)
-			}
-			c.checkTargets(l, b.Line, what, b.To)
-			c.checkPorts(l, b.Line, what, b.Ports)
-		}
-	}
-}
-
-func (c *compiler) checkTargets(l Layer, line int, what string, to []Target) {
-	if len(to) == 0 {
-		c.add(l, line, "%s has no targets", what)
-	}
-	for _, t := range to {
-		if why := badPrefix(t.CIDR); why != "" {
-			c.add(l, line, "%s: cidr %s %s", what, t.CIDR, why)
-			continue
-		}
-		for _, e := range t.Except {
-			if why := badPrefix(e); why != "" {
-				c.add(l, line, "%s: except %s %s", what, e, why)
-			} else if !covers(t.CIDR, e) || e == t.CIDR {
-				c.add(l, line, "%s: except %s does not lie inside %s", what, e, t.CIDR)
-			}
-		}
-	}
-}
-
-func (c *compiler) checkPorts(l Layer, line int, what string, ports []PortRange) {
-	for _, r := range ports {
-		if r.Lo > r.Hi || (r.Proto != TCP && r.Proto != UDP) {
-			c.add(l, line, "%s: bad port range %d-%d/%s", what, r.Lo, r.Hi, r.Proto)
-		}
-	}
-}
-
-// checkGuardrails refuses allow rules that an ancestor's guardrail makes
-// useless in part: a person who wrote them believes that they work.
-func (c *compiler) checkGuardrails() {
-	for _, r := range c.rules {
-		if r.rule.Action != Allow {
-			continue
-		}
-		for _, ancestor := range c.layers[:r.layer] {
-			if ancestor.Policy.Guardrail != nil {
-				c.checkGuardrail(r, ancestor)
-			}
-		}
-	}
-}
-
-func (c *compiler) checkGuardrail(r flatRule, ancestor Layer) {
-	l, g := c.layers[r.layer], ancestor.Policy.Guardrail
-	outside := func(line int, what string) {
-		if line == 0 {
-			line = r.rule.Line
-		}
-		c.add(l, line, "rule %q of %s: %s is outside the guardrail of %s (%s)",
-			r.rule.Name, l.Tenant, what, ancestor.Tenant, place(ancestor, g.Line))
-	}
-	inside := make([]bool, len(r.ports))
-	whole := true
-	for _, t := range r.rule.To {
-		reached, usable := false, false
-		for _, b := range g.Bounds {
-			if !slices.ContainsFunc(b.To, func(bt Target) bool { return overlap(t, bt) }) {
-				continue
-			}
-			reached = true
-			for i, p := range r.ports {
-				if len(intersectPorts([]PortRange{p}, b.Ports)) > 0 {
-					inside[i], usable = true, true
-				}
-			}
-		}
-		if !reached {
-			outside(t.Line, t.CIDR.String())
-		} else if !usable {
-			outside(t.Line, fmt.Sprintf("%s at %s", t.CIDR, joinPorts(r.ports)))
-		}
-		whole = whole && reached && usable
-	}
-	for i, ok := range inside {
-		if whole && !ok {
-			outside(0, r.ports[i].String())
-		}
-	}
-}
-
-// overlap says whether two targets have a prefix in common that neither
-// excepts.
-func overlap(a, b Target) bool {
-	if !a.CIDR.Overlaps(b.CIDR) {
-		return false
-	}
-	common := a.CIDR
-	if b.CIDR.Bits() > common.Bits() {
-		common = b.CIDR
-	}
-	excepts := func(e netip.Prefix) bool { return covers(e, common) }
-	return !slices.ContainsFunc(a.Except, excepts) && !slices.ContainsFunc(b.Except, excepts)
-}
-
 func joinPorts(ports []PortRange) string {
+	if len(subtractPorts([]PortRange{echoPort, {1, 65535, TCP}, {1, 65535, UDP}}, mergePorts(ports))) == 0 {
+		return "all"
+	}
 	s := make([]string, len(ports))
 	for i, p := range ports {
 		s[i] = p.String()
@@ -290,6 +171,9 @@ func (c *compiler) index() {
 	}
 	enter := func(to []Target, active *int) {
 		for _, t := range to {
+			if t.FQDN != "" {
+				continue // see Program.Learn
+			}
 			cl := &claim{active: active}
 			m := at(t.CIDR)
 			m.begin = append(m.begin, cl)
@@ -310,6 +194,11 @@ func (c *compiler) index() {
 		for _, b := range l.Policy.Guardrail.Bounds {
 			enter(b.To, &c.bounds[i].active)
 			i++
+		}
+	}
+	if c.auditFrom < len(c.layers) {
+		for _, all := range []string{"0.0.0.0/0", "::/0"} {
+			at(netip.MustParsePrefix(all))
 		}
 	}
 	slices.SortFunc(c.prefixes, netip.Prefix.Compare)
@@ -373,41 +262,101 @@ func (f *frame) leave() {
 }
 
 // decide answers the steps for addresses whose longest prefix is p, from the
-// rules and bounds that are active now: denies first, and without the steps
+// rules and bounds that are active now: denies first, then what is only
+// recorded as one, allows, and what passes for audit alone; without the steps
 // that an earlier one hides.
 func (c *compiler) decide(p netip.Prefix) []PortRule {
-	var steps []PortRule
-	var hidden []PortRange // merged ports of steps
+	s := steps{}
 	rails := c.rails()
-	for _, action := range []Action{Deny, Allow} {
-		for id, r := range c.rules {
-			if r.active == 0 || r.rule.Action != action {
-				continue
-			}
-			for _, ports := range r.within(rails) {
-				if portsCover(hidden, ports) {
-					continue
-				}
-				steps = append(steps, PortRule{
-					Lo: ports.Lo, Hi: ports.Hi, Proto: ports.Proto, Deny: action == Deny, Rule: uint16(id),
-				})
-				hidden = mergePorts(append(hidden, ports))
-			}
-			if len(steps) > MaxPortRules {
-				c.tooMany(p, steps)
-				return nil
-			}
+	var denied, allowed []flatRule
+	for _, r := range c.rules {
+		switch {
+		case r.active == 0:
+		case r.rule.Action == Deny:
+			denied = append(denied, r)
+		default:
+			r.ports = r.within(rails)
+			allowed = append(allowed, r)
 		}
 	}
-	return steps
+	open := c.open(rails, allowed)
+	for _, r := range denied {
+		s.add(PortRule{Deny: true, Rule: r.id}, subtractPorts(r.ports, c.watched(r, open)))
+	}
+	for _, r := range denied {
+		s.add(PortRule{Deny: true, Audit: true, Rule: r.id}, intersectPorts(r.ports, c.watched(r, open)))
+	}
+	for _, r := range allowed {
+		s.add(PortRule{Rule: r.id}, r.ports)
+	}
+	s.add(PortRule{Audit: true, Rule: NoRule}, c.audited(rails))
+	if len(s.steps) > MaxPortRules {
+		c.tooMany(p, s.steps)
+		return nil
+	}
+	return s.steps
 }
 
-// within answers the ports of the rule that the guardrails before it leave. A
-// deny rule needs no leave.
+// audited answers the ports that pass for audit at the current prefix.
+func (c *compiler) audited(rails []flatBound) []PortRange {
+	if c.auditFrom == len(c.layers) {
+		return nil
+	}
+	ports := everyPort()
+	for _, rail := range rails {
+		if rail.layer < c.auditFrom {
+			ports = intersectPorts(ports, rail.ports)
+		}
+	}
+	return ports
+}
+
+// open answers the ports at which a deny rule of a layer that only watches
+// lets pass.
+func (c *compiler) open(rails []flatBound, allowed []flatRule) []PortRange {
+	if c.auditFrom == len(c.layers) {
+		return nil
+	}
+	ports := c.audited(rails)
+	for _, r := range allowed {
+		ports = append(ports, r.ports...)
+	}
+	return mergePorts(ports)
+}
+
+// watched answers the part of open that holds for a deny rule.
+func (c *compiler) watched(r flatRule, open []PortRange) []PortRange {
+	if r.layer < c.auditFrom {
+		return nil
+	}
+	return open
+}
+
+// steps are put together in the order in which they are tried.
+type steps struct {
+	steps  []PortRule
+	hidden []PortRange // merged ports of steps
+}
+
+// add appends a step like s for each of ports, but for those that never
+// would be reached.
+func (s *steps) add(step PortRule, ports []PortRange) {
+	for _, r := range ports {
+		if portsCover(s.hidden, r) {
+			continue
+		}
+		step.Lo, step.Hi, step.Proto = r.Lo, r.Hi, r.Proto
+		s.steps = append(s.steps, step)
+		s.hidden = mergePorts(append(s.hidden, r))
+	}
+}
+
+// within answers the ports of an allow rule that the guardrails before it
+// leave.
 func (r flatRule) within(rails []flatBound) []PortRange {
 	ports := r.ports
 	for _, rail := range rails {
-		if r.rule.Action == Allow && rail.layer < r.layer {
+		if rail.layer < r.layer {
 			ports = intersectPorts(ports, rail.ports)
 		}
 	}
@@ -436,13 +385,17 @@ func (c *compiler) rails() []flatBound {
 
 func (c *compiler) tooMany(p netip.Prefix, steps []PortRule) {
 	var names []string
+	var last flatRule
 	for _, s := range steps {
+		if s.Rule == NoRule {
+			continue
+		}
+		last = c.rules[s.Rule]
 		ref := c.prog.Rules[s.Rule]
 		if n := ref.Tenant + "/" + ref.Name; !slices.Contains(names, n) {
 			names = append(names, n)
 		}
 	}
-	last := c.rules[steps[len(steps)-1].Rule]
 	c.add(c.layers[last.layer], last.rule.Line,
 		"%s takes more than %d port ranges to decide: join port ranges or rules, or split the prefix; it is covered by %s",
 		p, MaxPortRules, strings.Join(names, ", "))

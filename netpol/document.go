@@ -109,10 +109,11 @@ var (
 	syntaxLine   = regexp.MustCompile(`^line (\d+): `)
 	parserError  = regexp.MustCompile(`^did not find expected (node content|key|'|<)`)
 	leadingColon = regexp.MustCompile(`[:,\[] *::`)
+	leadingStar  = regexp.MustCompile(`[:,\[] *\*\*?\.`)
 )
 
 // addSyntax takes the line out of the parser's own words, and explains the
-// mistake that IPv6 invites.
+// mistakes that IPv6 and names invite.
 func (d *Document) addSyntax(data []byte, err error) {
 	msg, line := strings.TrimPrefix(err.Error(), "yaml: "), 0
 	if m := syntaxLine.FindStringSubmatch(msg); m != nil {
@@ -122,7 +123,10 @@ func (d *Document) addSyntax(data []byte, err error) {
 			line++ // yaml counts lines from 0 in these, from 1 in its scanner's
 		}
 	}
-	if leadingColon.Match(data) {
+	switch {
+	case leadingStar.Match(data):
+		msg += ` (a value that begins with a star, such as "*.example.com", needs quotes)`
+	case leadingColon.Match(data):
 		msg += " (a value that begins with a colon, such as ::/0, needs quotes)"
 	}
 	d.add(line, "not valid YAML: %s", msg)

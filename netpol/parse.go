@@ -16,9 +16,8 @@ import (
 // Kind is what the kind key of a policy file says.
 const Kind = "EgressPolicy"
 
-// notYet are keys and words of the language that this version refuses, so
-// that nobody believes in a limit that is not enforced.
-const notYet = "is not supported in this version"
+// policyKeys are the keys of a policy, in the order in which people write them.
+var policyKeys = []string{"name", "rules", "guardrail", "mode", "rate", "budget"}
 
 // Parse reads an EgressPolicy file. Every fault is an *Error with file and
 // line; several are joined.
@@ -30,7 +29,7 @@ func Parse(file string, data []byte) (Policy, error) {
 	if d.Kind(d.Root, Kind) == "" {
 		return Policy{}, d.Err() // everything else would be noise
 	}
-	p := d.policy(d.Root, "kind", "name", "rules", "guardrail", "mode", "budget")
+	p := d.policy(d.Root, append([]string{"kind"}, policyKeys...)...)
 	if err := d.Err(); err != nil {
 		return Policy{}, err
 	}
@@ -39,7 +38,7 @@ func Parse(file string, data []byte) (Policy, error) {
 
 // Policy reads a policy that stands inside another document, without a kind.
 func (d *Document) Policy(n *yaml.Node) Policy {
-	return d.policy(n, "name", "rules", "guardrail", "mode", "budget")
+	return d.policy(n, policyKeys...)
 }
 
 func (d *Document) policy(n *yaml.Node, known ...string) Policy {
@@ -58,10 +57,13 @@ func (d *Document) policy(n *yaml.Node, known ...string) Policy {
 		p.Guardrail = d.guardrail(f["guardrail"])
 	}
 	if f["mode"] != nil {
-		d.mode(f["mode"])
+		p.Mode = d.mode(f["mode"])
+	}
+	if f["rate"] != nil {
+		p.Rates = d.rates(f["rate"])
 	}
 	if f["budget"] != nil {
-		d.Errorf(f["budget"], "budget %s: remove it", notYet)
+		p.Budgets = d.budgets(f["budget"])
 	}
 	return p
 }
@@ -82,15 +84,17 @@ func (d *Document) name(n *yaml.Node, f Fields, what string) string {
 	return name
 }
 
-func (d *Document) mode(n *yaml.Node) {
+// mode answers ModeEnforce for anything that is not audit.
+func (d *Document) mode(n *yaml.Node) Mode {
 	mode, ok := d.Text(n, "mode")
 	switch {
 	case !ok, mode == "enforce":
 	case mode == "audit":
-		d.Errorf(n, `mode audit %s: write "mode: enforce"`, notYet)
+		return ModeAudit
 	default:
-		d.Errorf(n, "unknown mode %q%s", clip(mode), Suggest(mode, []string{"enforce"}))
+		d.Errorf(n, "unknown mode %q%s", clip(mode), Suggest(mode, []string{"enforce", "audit"}))
 	}
+	return ModeEnforce
 }
 
 func (d *Document) rules(items []*yaml.Node) []Rule {
@@ -137,8 +141,14 @@ func (d *Document) rule(n *yaml.Node, what string) Rule {
 	}
 	r.Name = d.name(n, f, what)
 	r.Action = d.action(n, f, what)
-	r.To = d.targets(n, f, what, r.Action == Allow)
+	use := opens
+	if r.Action == Deny {
+		use = closes
+	}
+	r.To = d.targets(n, f, what, use)
 	switch {
+	case f["ports"] != nil && r.Action == Deny && hasName(r.To):
+		d.Errorf(f["ports"], "ports of %s: a deny rule refuses the names of an fqdn whatever the port is, remove the ports or deny a cidr in a rule of its own", what)
 	case f["ports"] != nil:
 		r.Ports = d.ports(f["ports"], what)
 	case r.Action == Deny:
@@ -146,15 +156,14 @@ func (d *Document) rule(n *yaml.Node, what string) Rule {
 	default:
 		d.Errorf(n, "%s has no ports: list them, as in [443/tcp], or write [any/tcp]", what)
 	}
-	if f["rate"] != nil {
-		d.Errorf(f["rate"], "rate of %s %s: remove it", what, notYet)
+	switch {
+	case f["rate"] == nil:
+	case r.Action == Deny:
+		d.Errorf(f["rate"], "rate of %s: a deny rule lets nothing pass that could have a rate, remove it", what)
+	default:
+		r.Rate = d.rate(f["rate"], "rate of "+what)
 	}
 	return r
-}
-
-// everyPort is what a deny rule without ports denies.
-func everyPort() []PortRange {
-	return []PortRange{{0, 65535, TCP}, {0, 65535, UDP}}
 }
 
 // action is required: with a default, a deny rule that loses its action
@@ -189,7 +198,7 @@ func (d *Document) guardrail(n *yaml.Node) *Guardrail {
 		if n.Kind != yaml.MappingNode {
 			continue
 		}
-		b := Bound{Line: n.Line, To: d.targets(n, f, what, false)}
+		b := Bound{Line: n.Line, To: d.targets(n, f, what, bounds)}
 		if f["ports"] != nil {
 			b.Ports = d.ports(f["ports"], what)
 		} else {
@@ -198,69 +207,6 @@ func (d *Document) guardrail(n *yaml.Node) *Guardrail {
 		g.Bounds = append(g.Bounds, b)
 	}
 	return g
-}
-
-// targets reads the to key of n. reachable: each must be able to match.
-func (d *Document) targets(n *yaml.Node, f Fields, what string, reachable bool) []Target {
-	if f["to"] == nil {
-		d.Errorf(n, "%s has no to: list where it leads, as in [{cidr: 10.20.0.0/16}]", what)
-		return nil
-	}
-	items, ok := d.List(f["to"], "to of "+what)
-	if ok && len(items) == 0 {
-		d.Errorf(f["to"], "to of %s is empty: it would match nothing, list at least one cidr or remove the rule", what)
-	}
-	if len(items) > MaxTargets {
-		d.Errorf(items[MaxTargets], "%s has %d targets, at most %d are allowed", what, len(items), MaxTargets)
-		return nil
-	}
-	var out []Target
-	firstLine := map[netip.Prefix]int{}
-	for _, item := range items {
-		t, ok := d.target(item, what, reachable)
-		if !ok {
-			continue
-		}
-		if first := firstLine[t.CIDR]; first != 0 {
-			d.Errorf(item, "cidr %s is in %s twice, first on line %d", t.CIDR, what, first)
-			continue
-		}
-		firstLine[t.CIDR] = item.Line
-		out = append(out, t)
-	}
-	return out
-}
-
-func (d *Document) target(n *yaml.Node, what string, reachable bool) (Target, bool) {
-	t := Target{Line: n.Line}
-	if n.Kind == yaml.ScalarNode && n.Tag == "!!str" {
-		d.Errorf(n, "target of %s must be a mapping: write {cidr: %s}", what, clip(n.Value))
-		return t, false
-	}
-	f := d.Fields(n, "target of "+what, "cidr", "except", "fqdn")
-	if n.Kind != yaml.MappingNode {
-		return t, false
-	}
-	if f["fqdn"] != nil {
-		d.Errorf(f["fqdn"], "fqdn targets are not supported in this version, they need the filtering resolver: use cidr")
-		return t, false
-	}
-	if f["cidr"] == nil {
-		d.Errorf(n, "target of %s has no cidr", what)
-		return t, false
-	}
-	cidr, ok := d.prefix(f["cidr"], "cidr")
-	if !ok {
-		return t, false
-	}
-	t.CIDR = cidr
-	if h, never := hardDenied(cidr); never && reachable {
-		d.Errorf(f["cidr"], "cidr %s can never match: %s is always denied (%s)", cidr, h.Prefix, h.Reason)
-	}
-	if f["except"] != nil {
-		t.Except = d.except(f["except"], cidr)
-	}
-	return t, true
 }
 
 func (d *Document) except(n *yaml.Node, cidr netip.Prefix) []netip.Prefix {
@@ -359,7 +305,7 @@ func (d *Document) ports(n *yaml.Node, what string) []PortRange {
 	return out
 }
 
-// parsePorts reads 443/tcp, 8000-8010/tcp or any/udp.
+// parsePorts reads 443/tcp, 8000-8010/tcp, any/udp or echo/icmp.
 func parsePorts(s string) (PortRange, error) {
 	ports, proto, ok := strings.Cut(s, "/")
 	if !ok {
@@ -374,8 +320,13 @@ func parsePorts(s string) (PortRange, error) {
 		r.Proto = TCP
 	case "udp":
 		r.Proto = UDP
+	case "icmp":
+		if ports != "echo" {
+			return PortRange{}, fmt.Errorf("of ICMP only echo requests can pass, write echo/icmp")
+		}
+		return echoPort, nil
 	default:
-		return PortRange{}, fmt.Errorf("unknown protocol %q%s", clip(proto), Suggest(proto, []string{"tcp", "udp"}))
+		return PortRange{}, fmt.Errorf("unknown protocol %q%s", clip(proto), Suggest(proto, []string{"tcp", "udp", "icmp"}))
 	}
 	if ports == "any" {
 		r.Lo, r.Hi = 1, 65535

@@ -20,14 +20,15 @@ var comparePrefixes = cmp.Options{
 
 const full = `kind: EgressPolicy
 name: agents-default
-mode: enforce
+mode: audit
 rules:
 - name: model-api
   action: allow
   to:
   - cidr: 203.0.113.10/32
-  - cidr: 2001:db8:113::10/128
-  ports: [443/tcp, 80/tcp, 81/tcp]
+  - fqdn: API.Example.com.
+  ports: [443/tcp, 80/tcp, 81/tcp, echo/icmp]
+  rate: 2.5Mbit
 - name: registry
   action: allow
   to: [{cidr: 10.20.0.0/16, except: [10.20.9.0/24, 10.20.0.0/30]}]
@@ -42,6 +43,12 @@ rules:
 guardrail:
 - to: [{cidr: 203.0.113.0/24, except: [203.0.113.128/25]}]
   ports: [any/tcp]
+- to: [{fqdn: "**.example.com"}, {fqdn: "*.corp.example", allow_private: true}, {fqdn: git.example.com, allow_private: false}]
+  ports: [443/tcp]
+rate: {sandbox: 1Gbit, tenant: 400Gbit}
+budget:
+- {egress: 50GiB, per: day, then: block}
+- {egress: 1.5KiB, per: month, then: block, scope: sandbox}
 `
 
 func pfx(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -54,31 +61,38 @@ func TestParse(t *testing.T) {
 	want := Policy{
 		Name:   "agents-default",
 		Source: "p.yaml",
+		Mode:   ModeAudit,
 		Rules: []Rule{{
-			Name: "model-api", Action: Allow, Line: 5,
-			To:    []Target{{CIDR: pfx("203.0.113.10/32"), Line: 8}, {CIDR: pfx("2001:db8:113::10/128"), Line: 9}},
-			Ports: []PortRange{{80, 81, TCP}, {443, 443, TCP}},
+			Name: "model-api", Action: Allow, Line: 5, Rate: 2500000,
+			To:    []Target{{CIDR: pfx("203.0.113.10/32"), Line: 8}, {FQDN: "api.example.com", Line: 9}},
+			Ports: []PortRange{{8, 8, ICMP}, {80, 81, TCP}, {443, 443, TCP}},
 		}, {
-			Name: "registry", Action: Allow, Line: 11,
+			Name: "registry", Action: Allow, Line: 12,
 			To: []Target{{
-				CIDR: pfx("10.20.0.0/16"), Line: 13,
+				CIDR: pfx("10.20.0.0/16"), Line: 14,
 				Except: []netip.Prefix{pfx("10.20.0.0/30"), pfx("10.20.9.0/24")},
 			}},
 			Ports: []PortRange{{5000, 5000, TCP}, {8000, 8020, TCP}, {1, 65535, UDP}},
 		}, {
-			Name: "no-mail", Action: Deny, Line: 15,
-			To:    []Target{{CIDR: pfx("0.0.0.0/0"), Line: 17}, {CIDR: pfx("::/0"), Line: 17}},
+			Name: "no-mail", Action: Deny, Line: 16,
+			To:    []Target{{CIDR: pfx("0.0.0.0/0"), Line: 18}, {CIDR: pfx("::/0"), Line: 18}},
 			Ports: []PortRange{{25, 25, TCP}},
 		}, {
-			Name: "quarantine", Action: Deny, Line: 19,
-			To:    []Target{{CIDR: pfx("198.51.100.7/32"), Line: 21}},
-			Ports: []PortRange{{0, 65535, TCP}, {0, 65535, UDP}},
+			Name: "quarantine", Action: Deny, Line: 20,
+			To:    []Target{{CIDR: pfx("198.51.100.7/32"), Line: 22}},
+			Ports: everyPort(),
 		}},
-		Guardrail: &Guardrail{Line: 23, Bounds: []Bound{{
-			Line:  23,
-			To:    []Target{{CIDR: pfx("203.0.113.0/24"), Except: []netip.Prefix{pfx("203.0.113.128/25")}, Line: 23}},
+		Guardrail: &Guardrail{Line: 24, Bounds: []Bound{{
+			Line:  24,
+			To:    []Target{{CIDR: pfx("203.0.113.0/24"), Except: []netip.Prefix{pfx("203.0.113.128/25")}, Line: 24}},
 			Ports: []PortRange{{1, 65535, TCP}},
+		}, {
+			Line:  26,
+			To:    []Target{{FQDN: "**.example.com", Line: 26}, {FQDN: "*.corp.example", AllowPrivate: true, Line: 26}, {FQDN: "git.example.com", Line: 26}},
+			Ports: []PortRange{{443, 443, TCP}},
 		}}},
+		Rates:   []RateLimit{{ScopeTenant, 400_000_000_000, 28}, {ScopeSandbox, 1_000_000_000, 28}},
+		Budgets: []Budget{{ScopeTenant, 50 << 30, PerDay, 30}, {ScopeSandbox, 1536, PerMonth, 31}},
 	}
 	if diff := cmp.Diff(want, got, comparePrefixes); diff != "" {
 		t.Errorf("policy (-want +got):\n%s", diff)
@@ -126,7 +140,7 @@ func TestParseErrors(t *testing.T) {
 		{"kind typo, nothing else is said", "kind: EgresPolicy\nfoo: 1\n", `p.yaml:1: unknown kind "EgresPolicy": did you mean "EgressPolicy"?`},
 		{"unknown key", "kind: EgressPolicy\nname: p\nrulez: []\nrules: []\n", `p.yaml:3: unknown key "rulez" in policy: did you mean "rules"?`},
 		{"unknown key, nothing near", "kind: EgressPolicy\nname: p\nrules: []\ningress: []\n",
-			`p.yaml:4: unknown key "ingress" in policy: known are kind, name, rules, guardrail, mode, budget`},
+			`p.yaml:4: unknown key "ingress" in policy: known are kind, name, rules, guardrail, mode, rate, budget`},
 		{"duplicate key", "kind: EgressPolicy\nname: p\nrules: []\nrules: []\n", `p.yaml:4: key "rules" is in policy twice, first on line 3`},
 		{"no name", "kind: EgressPolicy\nrules: []\n", "p.yaml:1: policy has no name"},
 		{"bad name", "kind: EgressPolicy\nname: My Policy\nrules: []\n",
@@ -136,11 +150,7 @@ func TestParseErrors(t *testing.T) {
 		{"empty rules", "kind: EgressPolicy\nname: p\nrules:\n", "p.yaml:3: rules must be a list, not empty"},
 		{"rules as a mapping", "kind: EgressPolicy\nname: p\nrules: {web: 1}\n", "p.yaml:3: rules must be a list, not a mapping"},
 		{"rule not a mapping", "kind: EgressPolicy\nname: p\nrules: [web]\n", `p.yaml:3: rule 1 must be a mapping, not "web"`},
-		{"mode audit", "kind: EgressPolicy\nname: p\nmode: audit\nrules: []\n", `p.yaml:3: mode audit is not supported in this version: write "mode: enforce"`},
 		{"mode unknown", "kind: EgressPolicy\nname: p\nmode: enforced\nrules: []\n", `p.yaml:3: unknown mode "enforced": did you mean "enforce"?`},
-		{"budget", "kind: EgressPolicy\nname: p\nrules: []\nbudget: {egress: 50GiB, per: day, then: block}\n", "p.yaml:4: budget is not supported in this version: remove it"},
-		{"rate", rule("action: allow", "to: [{cidr: 192.0.2.0/24}]", "ports: [443/tcp]", "rate: 100Mbit"),
-			`p.yaml:8: rate of rule "web" is not supported in this version: remove it`},
 
 		{"rule without a name", "kind: EgressPolicy\nname: p\nrules:\n- action: deny\n  to: [{cidr: 192.0.2.0/24}]\n", "p.yaml:4: rule 1 has no name"},
 		{"rule twice", allowTo("[{cidr: 192.0.2.0/24}]") + "- {name: web, action: deny, to: [{cidr: 192.0.2.0/24}]}\n",
@@ -149,15 +159,14 @@ func TestParseErrors(t *testing.T) {
 		{"action typo", rule("action: alow", "to: [{cidr: 192.0.2.0/24}]", "ports: [443/tcp]"), `p.yaml:5: unknown action "alow" in rule "web": did you mean "allow"?`},
 		{"key typo in a rule", rule("action: deny", "to: [{cidr: 192.0.2.0/24}]", "port: [443/tcp]"), `p.yaml:7: unknown key "port" in rule "web": did you mean "ports"?`},
 
-		{"no to", rule("action: allow", "ports: [443/tcp]"), `p.yaml:4: rule "web" has no to: list where it leads, as in [{cidr: 10.20.0.0/16}]`},
-		{"empty to", allowTo("[]"), `p.yaml:6: to of rule "web" is empty: it would match nothing, list at least one cidr or remove the rule`},
+		{"no to", rule("action: allow", "ports: [443/tcp]"), `p.yaml:4: rule "web" has no to: list where it leads, as in [{fqdn: api.example.com}] or [{cidr: 10.20.0.0/16}]`},
+		{"empty to", allowTo("[]"), `p.yaml:6: to of rule "web" is empty: it would match nothing, list at least one fqdn or cidr or remove the rule`},
 		{"null to", allowTo(""), `p.yaml:6: to of rule "web" must be a list, not empty`},
 		{"to is text", allowTo("192.0.2.0/24"), `p.yaml:6: to of rule "web" must be a list, not "192.0.2.0/24"`},
 		{"target is text", allowTo("[192.0.2.0/24]"), `p.yaml:6: target of rule "web" must be a mapping: write {cidr: 192.0.2.0/24}`},
-		{"target without cidr", allowTo("[{except: [192.0.2.0/25]}]"), `p.yaml:6: target of rule "web" has no cidr`},
+		{"target without cidr", allowTo("[{except: [192.0.2.0/25]}]"), `p.yaml:6: target of rule "web" has neither fqdn nor cidr`},
 		{"target key typo", allowTo("[{cdir: 192.0.2.0/24}]"),
-			"p.yaml:6: unknown key \"cdir\" in target of rule \"web\": did you mean \"cidr\"?\np.yaml:6: target of rule \"web\" has no cidr"},
-		{"fqdn", allowTo("[{fqdn: api.example.com}]"), "p.yaml:6: fqdn targets are not supported in this version, they need the filtering resolver: use cidr"},
+			"p.yaml:6: unknown key \"cdir\" in target of rule \"web\": did you mean \"cidr\"?\np.yaml:6: target of rule \"web\" has neither fqdn nor cidr"},
 		{"cidr twice", allowTo("[{cidr: 192.0.2.0/24}, {cidr: 192.0.2.0/24, except: [192.0.2.0/25]}]"), `p.yaml:6: cidr 192.0.2.0/24 is in rule "web" twice, first on line 6`},
 		{"address", allowTo("[{cidr: 192.0.2.1}]"), "p.yaml:6: cidr 192.0.2.1 has no prefix length: write 192.0.2.1/32"},
 		{"v6 address", allowTo("[{cidr: 2001:db8::1}]"), "p.yaml:6: cidr 2001:db8::1 has no prefix length: write 2001:db8::1/128"},
@@ -209,7 +218,7 @@ func TestParseErrors(t *testing.T) {
 		{"guardrail without ports", "kind: EgressPolicy\nname: p\nrules: []\nguardrail:\n- to: [{cidr: 192.0.2.0/24}]\n",
 			"p.yaml:5: guardrail bound 1 has no ports: list them, as in [443/tcp], or write [any/tcp, any/udp]"},
 		{"guardrail without to", "kind: EgressPolicy\nname: p\nrules: []\nguardrail:\n- ports: [any/tcp]\n",
-			"p.yaml:5: guardrail bound 1 has no to: list where it leads, as in [{cidr: 10.20.0.0/16}]"},
+			"p.yaml:5: guardrail bound 1 has no to: list where it leads, as in [{fqdn: api.example.com}] or [{cidr: 10.20.0.0/16}]"},
 		{"guardrail key", "kind: EgressPolicy\nname: p\nrules: []\nguardrail:\n- {name: x, to: [{cidr: 192.0.2.0/24}], ports: [any/tcp]}\n",
 			`p.yaml:5: unknown key "name" in guardrail bound 1: known are to, ports`},
 
@@ -266,6 +275,8 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(allowTo("[{cidr: 10.0.0.0/8, except: [10.1.0.0/16]}]")))
 	f.Add([]byte(allowPorts("[any/tcp, 1-2/udp]")))
 	f.Add([]byte("kind: EgressPolicy\nname: p\nrules: []\nguardrail: []\n"))
+	f.Add([]byte(allowTo(`[{fqdn: "**.a.example.com", allow_private: true}, {fqdn: b.example.com}]`) + "mode: audit\nrate: {sandbox: 8kbit}\n"))
+	f.Add([]byte(allowPorts("[echo/icmp]") + "budget: {egress: 1TiB, per: hour, then: block}\n"))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Add([]byte("? {a: b}\n: c\n--- |\n x\n...\n"))
 	f.Add([]byte("\xff\xfek\x00:\x00"))
@@ -283,7 +294,7 @@ func FuzzParse(f *testing.F) {
 		layers := []Layer{{Tenant: "acme", Policy: p}}
 		prog, err := Compile(layers)
 		if err != nil {
-			if !strings.Contains(err.Error(), "port ranges to decide") {
+			if !strings.Contains(err.Error(), "port ranges") {
 				t.Fatalf("compile: %v", err)
 			}
 			return

@@ -53,3 +53,32 @@ func portsCover(set []PortRange, r PortRange) bool {
 	}
 	return false
 }
+
+// subtractPorts answers the ports of a that are not in b. Both are merged, and
+// so is the answer.
+func subtractPorts(a, b []PortRange) []PortRange {
+	var out []PortRange
+	for _, x := range a {
+		lo := int(x.Lo)
+		for _, y := range b {
+			r, ok := intersectRange(x, y)
+			if !ok {
+				continue
+			}
+			if lo < int(r.Lo) {
+				out = append(out, PortRange{uint16(lo), r.Lo - 1, x.Proto})
+			}
+			lo = int(r.Hi) + 1
+		}
+		if lo <= int(x.Hi) {
+			out = append(out, PortRange{uint16(lo), x.Hi, x.Proto})
+		}
+	}
+	return out
+}
+
+// everyPort is all that a flow can be, and what a deny rule without ports
+// denies. It is merged.
+func everyPort() []PortRange {
+	return []PortRange{echoPort, {0, 65535, TCP}, {0, 65535, UDP}}
+}

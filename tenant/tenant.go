@@ -219,14 +219,18 @@ func (s *Set) Policies(path Path) []netpol.Layer {
 
 // Compile makes the program of a sandbox of path. extra is the sandbox's own
 // policy, if it has one: one more layer below the tenant's, bound by the
-// guardrails of the tenant and all its ancestors. The error is ErrUnknown if
-// path is not known.
+// guardrails of the tenant and all its ancestors. Its rates and budgets must be
+// of scope sandbox: what all of a tenant may use is in the tenant's file. The
+// error is ErrUnknown if path is not known.
 func (s *Set) Compile(path Path, extra *netpol.Policy) (netpol.Program, error) {
 	if _, ok := s.index[path]; !ok {
 		return netpol.Program{}, fmt.Errorf("compile policy of %s: %w", path, ErrUnknown)
 	}
 	layers := s.Policies(path)
 	if extra != nil {
+		if err := checkOwn(extra); err != nil {
+			return netpol.Program{}, fmt.Errorf("compile policy of %s: %w", path, err)
+		}
 		layers = append(layers, netpol.Layer{Tenant: string(path), File: extra.Source, Policy: *extra})
 	}
 	p, err := netpol.Compile(layers)
@@ -234,6 +238,22 @@ func (s *Set) Compile(path Path, extra *netpol.Policy) (netpol.Program, error) {
 		return netpol.Program{}, fmt.Errorf("compile policy of %s: %w", path, err)
 	}
 	return p, nil
+}
+
+// checkOwn refuses limits of a sandbox's own policy that would be those of its
+// whole tenant.
+func checkOwn(p *netpol.Policy) error {
+	for _, r := range p.Rates {
+		if r.Scope != netpol.ScopeSandbox {
+			return &netpol.Error{File: p.Source, Line: r.Line, Msg: "a sandbox's own policy sets no rate for its tenant: write {sandbox: " + netpol.FormatRate(r.Bits) + "}"}
+		}
+	}
+	for _, b := range p.Budgets {
+		if b.Scope != netpol.ScopeSandbox {
+			return &netpol.Error{File: p.Source, Line: b.Line, Msg: `a sandbox's own policy sets no budget for its tenant: add "scope: sandbox"`}
+		}
+	}
+	return nil
 }
 
 // MayAct says whether a unix user of the node may act for path: root may, and

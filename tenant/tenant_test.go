@@ -216,6 +216,55 @@ func TestCompileWithASandboxPolicy(t *testing.T) {
 	}
 }
 
+// A tenant file may name names; a sandbox's own policy is bound by its
+// guardrail, and sets no limits for the tenant.
+func TestCompileNamesAndLimits(t *testing.T) {
+	s := load(t, "a.yaml", `kind: Tenant
+path: acme
+policy:
+  name: org
+  rules:
+  - {name: api, action: allow, to: [{fqdn: "*.example.com"}], ports: [443/tcp]}
+  guardrail: [{to: [{fqdn: "**.example.com"}], ports: [443/tcp]}]
+  rate: {tenant: 1Gbit, sandbox: 500Mbit}
+  budget: {egress: 50GiB, per: day, then: block}
+`)
+	own := func(body string) (netpol.Program, error) {
+		p, err := netpol.Parse("policy of box", []byte("kind: EgressPolicy\nname: box\n"+body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Compile("acme", &p)
+	}
+	p, err := own("rules:\n- {name: own, action: allow, to: [{fqdn: a.b.example.com}], ports: [443/tcp]}\nrate: {sandbox: 10Mbit}\nbudget: {egress: 1GiB, per: hour, then: block, scope: sandbox}\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := p.Evaluate(tcp("203.0.113.7", 443), "a.b.example.com"); !got.Allowed || p.Rules[got.Rule].Name != "own" {
+		t.Errorf("got %+v", got)
+	}
+	if diff := cmp.Diff([]netpol.ProgramRate{
+		{Tenant: "acme", Scope: netpol.ScopeTenant, Bits: 1_000_000_000}, {Tenant: "acme", Scope: netpol.ScopeSandbox, Bits: 10_000_000},
+	}, p.Rates); diff != "" {
+		t.Errorf("rates (-want +got):\n%s", diff)
+	}
+	if got := len(p.Budgets); got != 2 {
+		t.Errorf("got %d budgets, want 2", got)
+	}
+	file, _ := s.Get("acme")
+	for _, tt := range []struct{ body, want string }{
+		{"rules: [{name: own, action: allow, to: [{fqdn: a.example.org}], ports: [443/tcp]}]\n",
+			`policy of box:3: rule "own" of acme: a.example.org is outside the guardrail of acme (` + file.File + `:7)`},
+		{"rules: []\nrate: {tenant: 10Gbit}\n", "policy of box:4: a sandbox's own policy sets no rate for its tenant: write {sandbox: 10Gbit}"},
+		{"rules: []\nbudget: {egress: 1TiB, per: day, then: block}\n", `policy of box:4: a sandbox's own policy sets no budget for its tenant: add "scope: sandbox"`},
+	} {
+		_, err := own(tt.body)
+		if want := "compile policy of acme: " + tt.want; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	}
+}
+
 func TestTenantsWithoutPolicyMayDoNothing(t *testing.T) {
 	s := load(t, "a.yaml", "kind: Tenant\npath: acme\n")
 	p, err := s.Compile("acme", nil)
@@ -282,7 +331,7 @@ func TestLoadErrors(t *testing.T) {
 			"DIR/a.yaml:9: cidr 10.0.0.1/8 has host bits set: write 10.0.0.0/8, or 10.0.0.1/32 for the one address\n" +
 				"DIR/a.yaml:10: port \"443\" of rule \"web\": has no protocol, write 443/tcp or 443/udp"},
 		{"inline policy has no kind", []string{"a.yaml", "kind: Tenant\npath: acme\npolicy: {kind: EgressPolicy, name: p, rules: []}\n"},
-			`DIR/a.yaml:3: unknown key "kind" in policy: known are name, rules, guardrail, mode, budget`},
+			`DIR/a.yaml:3: unknown key "kind" in policy: known are name, rules, guardrail, mode, rate, budget`},
 		{"policy null", []string{"a.yaml", "kind: Tenant\npath: acme\npolicy:\n"}, "DIR/a.yaml:3: policy must be a mapping, not empty"},
 		{"policy and policy_file", []string{"a.yaml", "kind: Tenant\npath: acme\npolicy: {name: p, rules: []}\npolicy_file: p/x.yaml\n"},
 			"DIR/a.yaml:4: tenant has both policy and policy_file: keep one"},
