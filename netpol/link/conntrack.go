@@ -5,6 +5,7 @@ package link
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -15,11 +16,12 @@ import (
 
 // Names of linux/netfilter/nfnetlink_conntrack.h that x/sys lacks.
 const (
-	ctaTupleOrig = 1
-	ctaID        = 12
-	ctaTupleIP   = 1
-	ctaIPv4Src   = 1
-	ctaIPv6Src   = 3
+	ctaTupleOrig  = 1
+	ctaTupleReply = 2
+	ctaID         = 12
+	ctaTupleIP    = 1
+	ctaIPv4Src    = 1
+	ctaIPv6Src    = 3
 
 	ctGet    = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
 	ctDelete = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2
@@ -30,7 +32,11 @@ const (
 // next: many removals at once cost two passes, not many.
 //
 // The kernel could pick the entries of one address, but for IPv6 it picks all
-// the others (seen up to Linux 6.18).
+// the others (seen up to Linux 6.18), and to list it must lock each bucket
+// of its table all the same, which is what a pass costs: 10 ms for the 262144
+// buckets of a large host. To delete by connection mark costs a fiftieth, but
+// anyone's rules may change a mark, and what was missed would be the next
+// sandbox's.
 type sweeper struct {
 	running sync.Mutex // held by the pass that runs
 
@@ -45,9 +51,11 @@ type pass struct {
 	err   error
 }
 
-// forget deletes the entries that the addresses began. The links must be
-// gone, or new entries may come meanwhile.
-func (s *sweeper) forget(addrs ...netip.Addr) error {
+// forget deletes the entries that the addresses began or answer, and then
+// the notes that there may be some. The links must be gone, or new entries
+// may come meanwhile.
+func (m *Manager) forget(addrs ...netip.Addr) error {
+	s := &m.sweeper
 	s.mu.Lock()
 	if s.next == nil {
 		s.next = &pass{addrs: map[netip.Addr]bool{}}
@@ -60,12 +68,20 @@ func (s *sweeper) forget(addrs ...netip.Addr) error {
 
 	s.running.Lock()
 	defer s.running.Unlock()
-	if !p.done {
-		s.mu.Lock()
-		s.next = nil // p is the next: an older one is done, a newer one not begun
-		s.mu.Unlock()
-		p.done, p.err = true, sweepFlows(func(a netip.Addr) bool { return p.addrs[a] })
+	if p.done {
+		return p.err
 	}
+	s.mu.Lock()
+	s.next = nil // p is the next: an older one is done, a newer one not begun
+	s.mu.Unlock()
+	p.done = true
+	if p.err = sweepFlows(func(a netip.Addr) bool { return p.addrs[a] }); p.err != nil {
+		return p.err
+	}
+	if p.err = m.failpoint("flows removed"); p.err != nil {
+		return p.err
+	}
+	p.err = m.deleteNotes(slices.Collect(maps.Keys(p.addrs)))
 	return p.err
 }
 
@@ -74,8 +90,9 @@ func (s *sweeper) forget(addrs ...netip.Addr) error {
 const deleteBatch = 64
 
 // sweepFlows deletes every conntrack entry that began at an address of which
-// stale says so.
-func sweepFlows(stale func(src netip.Addr) bool) (err error) {
+// stale says so, or that such an address answers: what came in by a
+// published port.
+func sweepFlows(stale func(netip.Addr) bool) (err error) {
 	c, err := dialProto(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return err
@@ -83,7 +100,7 @@ func sweepFlows(stale func(src netip.Addr) bool) (err error) {
 	defer func() { err = errors.Join(err, c.close()) }()
 	var flows []flow
 	err = c.eachFlow(func(f flow) {
-		if stale(f.src) {
+		if stale(f.src) || stale(f.answers) {
 			f.attrs = bytes.Clone(f.attrs)
 			flows = append(flows, f)
 		}
@@ -107,9 +124,9 @@ func sweepFlows(stale func(src netip.Addr) bool) (err error) {
 
 // flow names one conntrack entry: the attributes that delete it.
 type flow struct {
-	family uint8
-	src    netip.Addr
-	attrs  []byte
+	family       uint8
+	src, answers netip.Addr // who began it, and who answers
+	attrs        []byte
 }
 
 // eachFlow reads all of conntrack. A flow's bytes are f's only during the call.
@@ -138,25 +155,30 @@ func parseFlow(b []byte) (flow, error) {
 		return flow{}, errShort
 	}
 	f := flow{family: b[0]}
-	err := eachAttr(b[nl.SizeofNfgenmsg:], func(typ uint16, whole, value []byte) error {
+	err := eachAttr(b[nl.SizeofNfgenmsg:], func(typ uint16, whole, value []byte) (err error) {
 		switch typ {
 		case ctaTupleOrig:
 			f.attrs = append(f.attrs, whole...)
-			return eachAttr(value, func(typ uint16, _, value []byte) error {
-				if typ != ctaTupleIP {
-					return nil
-				}
-				return eachAttr(value, func(typ uint16, _, value []byte) error {
-					if typ == ctaIPv4Src || typ == ctaIPv6Src {
-						f.src, _ = netip.AddrFromSlice(value)
-					}
-					return nil
-				})
-			})
+			f.src, err = parseSource(value)
+		case ctaTupleReply:
+			f.answers, err = parseSource(value)
 		case ctaID:
 			f.attrs = append(f.attrs, whole...)
 		}
-		return nil
+		return err
 	})
 	return f, err
+}
+
+// parseSource finds the source address of a tuple.
+func parseSource(tuple []byte) (src netip.Addr, err error) {
+	err = within(tuple, ctaTupleIP, func(value []byte) error {
+		return eachAttr(value, func(typ uint16, _, value []byte) error {
+			if typ == ctaIPv4Src || typ == ctaIPv6Src {
+				src, _ = netip.AddrFromSlice(value)
+			}
+			return nil
+		})
+	})
+	return src, err
 }

@@ -26,7 +26,8 @@ const maxOffload = 64 << 10
 // It takes microseconds; the kernel does it in a worker.
 const carrierWait = 2 * time.Second
 
-// Fields of struct ipv4_devconf, from linux/ip.h.
+// Fields of struct ipv4_devconf, from linux/ip.h, and of ipv6_devconf, from
+// linux/ipv6.h.
 const (
 	devconfForwarding        = 1
 	devconfProxyARP          = 3
@@ -34,6 +35,12 @@ const (
 	devconfSendRedirects     = 6
 	devconfRPFilter          = 8
 	devconfAcceptSourceRoute = 9
+	devconfRouteLocalnet     = 26
+
+	devconf6AcceptRA        = 3
+	devconf6AcceptRedirects = 4
+	devconf6Autoconf        = 5
+	devconf6AcceptDAD       = 27
 )
 
 const addrGenNone = 1 // IN6_ADDR_GEN_MODE_NONE
@@ -180,7 +187,7 @@ func (m *Manager) existingPair(name string, l Link, o owned, in *inside) (linkIn
 
 // configureHost sets all of the host's end that is not set by making it.
 func (m *Manager) configureHost(name string, o owned, mtu int) error {
-	if err := m.rt.do(setMTU(name, mtu)); err != nil {
+	if err := m.rt.do(setShape(name, mtu)); err != nil {
 		return err
 	}
 	if err := hostLinkSysctls6(name); err != nil {
@@ -234,18 +241,13 @@ func noARP(m *nl.IfInfomsg) *nl.IfInfomsg {
 }
 
 // hostSpec asks for the alias, the IPv4 sysctls and no IPv6 address.
-// rp_filter is strict: the only route to the sandbox is this link.
 func hostSpec(name string, o owned) *request {
 	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
 	conf := spec.AddRtAttr(unix.AF_INET, nil).AddRtAttr(unix.IFLA_INET_CONF, nil)
-	for _, s := range [...]struct {
-		id    int
-		value uint32
-	}{
-		{devconfForwarding, 1}, {devconfRPFilter, 1}, {devconfProxyARP, 0}, {devconfAcceptRedirects, 0},
-		{devconfSendRedirects, 0}, {devconfAcceptSourceRoute, 0},
-	} {
-		conf.AddRtAttr(s.id, nl.Uint32Attr(s.value))
+	for _, s := range hostSysctls {
+		if s.fam == unix.AF_INET {
+			conf.AddRtAttr(s.id, nl.Uint32Attr(uint32(s.value)))
+		}
 	}
 	spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{addrGenNone})
 	return newRequest("configure link "+name, unix.RTM_SETLINK, 0).add(
@@ -260,9 +262,14 @@ func setAddrGen(name string) *request {
 		nl.NewIfInfomsg(unix.AF_UNSPEC), nameAttr(name), spec)
 }
 
-func setMTU(name string, mtu int) *request {
+// setShape asks for what newPair could not give the host's end, and for what
+// it gave but someone may have changed since.
+func setShape(name string, mtu int) *request {
+	msg := noARP(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	msg.Change |= unix.IFF_MULTICAST
 	return newRequest("set mtu of "+name, unix.RTM_SETLINK, 0).add(
-		nl.NewIfInfomsg(unix.AF_UNSPEC), nameAttr(name), nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(mtu))))
+		msg, nameAttr(name), nl.NewRtAttr(unix.IFLA_ADDRESS, hostMAC),
+		nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(mtu))))
 }
 
 func setFlags(op, name string, flags, change uint32) *request {
@@ -348,8 +355,9 @@ func (m *Manager) Down(id string) error {
 	return err
 }
 
-// Remove takes away the link, the namespace's file and mount, and the
-// conntrack entries of a sandbox, or whatever part of them is there. The
+// Remove takes away the published ports, the link, the namespace's file and
+// mount, the conntrack entries and what the table noted of a sandbox, or
+// whatever part of them is there. The
 // namespace itself ends with its last process.
 func (m *Manager) Remove(id string) error {
 	if !validID(id) {
@@ -362,9 +370,16 @@ func (m *Manager) Remove(id string) error {
 }
 
 func (m *Manager) remove(id string) error {
-	m.mu.Lock()
-	o, known := m.live[id]
-	m.mu.Unlock()
+	o, known := m.known(id)
+	if known {
+		// First, or what still comes in would follow the host's default route.
+		if err := m.publish(id, nil); err != nil {
+			return err
+		}
+	}
+	if err := m.failpoint("unpublished"); err != nil {
+		return err
+	}
 	if err := m.rt.do(deleteLink(m.HostName(id))); err != nil {
 		return err
 	}
@@ -378,10 +393,16 @@ func (m *Manager) remove(id string) error {
 		return err
 	}
 	if !known {
-		return nil
+		return nil // Open found no link of it, and has swept what else there was
 	}
-	if err := m.sweeper.forget(o.addr4, o.addr6); err != nil {
+	noted, err := m.noted(o)
+	if err != nil {
 		return err
+	}
+	if noted {
+		if err := m.forget(o.addr4, o.addr6); err != nil {
+			return err
+		}
 	}
 	m.mu.Lock()
 	delete(m.live, id)

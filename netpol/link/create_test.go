@@ -281,7 +281,7 @@ func TestFailAtEveryStep(t *testing.T) {
 }
 
 func TestKillAtEveryStep(t *testing.T) {
-	for _, step := range append(steps, "link removed", "netns removed") {
+	for _, step := range append(steps, "unpublished", "link removed", "netns removed") {
 		t.Run(step, func(t *testing.T) {
 			m := open(t)
 			cmd := exec.Command("/proc/self/exe")

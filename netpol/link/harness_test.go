@@ -42,6 +42,8 @@ func TestMain(m *testing.M) {
 		os.Exit(runInside())
 	case os.Getenv(envKillAt) != "":
 		createAndDie(os.Getenv(envKillAt))
+	case os.Getenv(envSoak) != "":
+		soak(os.Getenv(envSoak))
 	case os.Getenv(envInside) == ready: // a fuzz worker
 		os.Exit(m.Run())
 	}
@@ -338,4 +340,24 @@ func createAndDie(step string) {
 	}
 	fmt.Fprintln(os.Stderr, "still alive:", err)
 	os.Exit(1)
+}
+
+// dropTo gives the thread's namespace an address and drops what comes to it.
+func dropTo(a netip.Addr) error {
+	far, err := netlink.LinkByName("far")
+	if err != nil {
+		return err
+	}
+	if err := netlink.AddrAdd(far, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}}); err != nil {
+		return err
+	}
+	c := &nftables.Conn{}
+	table := c.AddTable(&nftables.Table{Name: "silent", Family: nftables.TableFamilyIPv4})
+	chain := c.AddChain(&nftables.Chain{Name: "in", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
+	s := sideOf(a)
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+		s.load(s.daddr, 1), &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()}, &expr.Verdict{Kind: expr.VerdictDrop},
+	}})
+	return c.Flush()
 }

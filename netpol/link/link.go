@@ -10,7 +10,7 @@
 //     bind mount of the namespace;
 //   - links named Config.LinkPrefix plus a sandbox id;
 //   - the nftables table inet Config.Table, whole;
-//   - the conntrack entries whose source is a sandbox address;
+//   - the conntrack entries that a sandbox address began or answers;
 //   - the forwarding sysctls of the host, see Open.
 //
 // It never attaches programs, decides about packets or picks addresses. It
@@ -37,32 +37,71 @@
 // adds the host's neighbours and routes, because taking a link down loses
 // them.
 //
+// Inside, lo is up, so that a resolver can listen on the sandbox's own
+// loopback. A packet to 127.0.0.0/8 that is put on the link by force ends at
+// the host, which drops it.
+//
 // # Second layer
 //
 // The table drops what comes from a sandbox link without the mark that the
 // egress program sets, so a link whose program is gone has no egress. It also
 // drops everything from a sandbox link to the host itself or to another
-// sandbox link, and everything to a sandbox link that is not an answer. Open
-// replaces the rules in one transaction inside the existing chains: a packet
-// sees the old rules or the new ones, never none. Another table of the host
-// may drop more; it cannot allow more.
+// sandbox link, and everything to a sandbox link that is not an answer or for
+// a published port. Open and Restore replace the rules in one transaction
+// inside the existing chains: a packet sees the old rules or the new ones,
+// never none. Another table of the host may drop more; it cannot allow more.
+//
+// # Connection cap
+//
+// A sandbox holds at most Config.MaxConnections entries of conntrack in each
+// family, so that one cannot fill it for all. What is too many is dropped
+// with its first packet and counted for the sandbox, see Capped; connections
+// that exist, and answers, are not looked at. The kernel counts a connection
+// until TCP has closed it: an entry that only waits out TIME_WAIT is no
+// longer counted, though conntrack holds it for some time (two minutes by
+// default), so a sandbox that opens and closes thousands a second holds more
+// than its cap; entries of this kind are the first that conntrack gives up
+// when it gets full. At the cap a sandbox can open nothing for up to 50 ms after a
+// refusal. To count costs the more the more connections a sandbox has: about
+// 0.4 µs each, at most once a tick of the kernel's clock.
+//
+// Kernels that forget at most 8 closed connections a tick, as some builds of
+// 6.1 do, may cap a sandbox too early that opens and closes thousands a
+// second.
+//
+// # Published ports
+//
+// Publish redirects connections from elsewhere to a port of the host. What a
+// sandbox sends there is not redirected, and dropped as everything that it
+// sends to the host; the host's own processes are not redirected either. The
+// forward chain lets in exactly the address and port that are published, and
+// looks at every packet, so what is no longer published is cut.
+//
+// # Drift
+//
+// Verify and VerifyTable read back from the kernel what was made, so that a
+// rule, route or sysctl that someone changed is found; see there for what
+// repairs it. Both may be called as often as wanted.
 //
 // # What survives
 //
-// Everything: namespaces, links, table and counters outlive the process. The
-// addresses of a link are kept in its alias, which is how a later process
-// knows them. Open, Create, Up, Down and Remove are idempotent, and Remove
-// takes away whatever part of a sandbox's network is there. Conntrack entries
-// of a sandbox are deleted when it is removed, so that the next holder of the
-// address does not inherit its flows; Open deletes those of sandboxes that
-// went while nobody looked.
+// Everything: namespaces, links, table, published ports and counters outlive
+// the process. The addresses of a link are kept in its alias, which is how a
+// later process knows them; the published ports are read from the table.
+// Open, Create, Up, Publish, Down and Remove are idempotent, and Remove takes
+// away whatever part of a sandbox's network is there. Conntrack entries of a
+// sandbox are deleted when it is removed, so that the next holder of the
+// address does not inherit its flows, and with them what the table counted
+// for it; Open deletes those of sandboxes that went while nobody looked. An
+// empty element of the sets named connections may stay for a moment: the
+// kernel drops it.
 //
 // The process must live in the host's mount namespace, or containers will not
 // find the namespace files.
 //
-// Lock order: sweeper.running, then sweeper.mu; no other lock is taken under
-// another. Calls for different ids may run at
-// the same time; calls for one id must not.
+// Lock order: sweeper.running, then sweeper.mu or ruleset.mu, then
+// Manager.mu. Calls for different ids may run at the same time; calls for one
+// id must not.
 package link
 
 import (
@@ -75,7 +114,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
 )
 
 // Mark is what the egress program sets on a packet that it allowed, under
@@ -100,6 +139,10 @@ const (
 	defaultMTU = 1500
 	minMTU     = 1280
 	maxMTU     = 65535
+
+	// defaultConnections is far more than an agent needs, and a small part of
+	// what conntrack holds.
+	defaultConnections = 4096
 )
 
 // ErrNotFound means that there is no link of that id.
@@ -117,6 +160,9 @@ type Config struct {
 	// LinkPrefix begins the name of every host link; "" is "bh". One to three
 	// characters. No prefix may begin with another manager's prefix.
 	LinkPrefix string
+	// MaxConnections is how many connections a sandbox may hold in each
+	// address family before new ones are dropped; 0 is 4096.
+	MaxConnections uint32
 }
 
 // Link is the network of one sandbox.
@@ -130,9 +176,9 @@ type Link struct {
 
 // Manager makes and removes the networks of sandboxes.
 type Manager struct {
-	cfg  Config
-	rt   *conn // rtnetlink in the host's namespace
-	nftc *nftables.Conn
+	cfg   Config
+	rt    *conn // rtnetlink in the host's namespace
+	rules ruleset
 
 	mu   sync.Mutex
 	live map[string]owned // +checklocks:mu; links this process saw, by id
@@ -191,8 +237,9 @@ func AddrFor(pool netip.Prefix, slot uint32) (netip.Addr, error) {
 // advertisements on interfaces with accept_ra=1; those get accept_ra=2 first,
 // so that a host that takes its default route from them keeps it.
 //
-// Needs root, nftables with NAT in the inet family (Linux 5.2) and conntrack
-// over netlink (Linux 5.8).
+// Needs root, nftables with NAT in the inet family (Linux 5.2), ct count and
+// fib (modules nft_connlimit and nft_fib_inet), and conntrack over netlink
+// (Linux 5.8).
 func Open(cfg Config) (*Manager, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -208,22 +255,27 @@ func Open(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Manager{cfg: cfg, rt: rt, nftc: &nftables.Conn{}, live: map[string]owned{}}
-	if err := m.adopt(); err != nil {
+	nf, err := dialProto(unix.NETLINK_NETFILTER)
+	if err != nil {
 		return nil, errors.Join(err, rt.close())
+	}
+	m := &Manager{cfg: cfg, rt: rt, live: map[string]owned{}}
+	m.rules.rd, m.rules.pub = nf, map[string][]Port{}
+	if err := m.adopt(); err != nil {
+		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
 }
 
+// adopt takes up what an earlier process left and removes what belongs to
+// sandboxes that went since.
 func (m *Manager) adopt() error {
-	if err := m.installTable(); err != nil {
-		return err
-	}
 	links, err := m.links()
 	if err != nil {
 		return err
 	}
 	keep := map[netip.Addr]bool{}
+	m.mu.Lock()
 	for _, l := range links {
 		id := strings.TrimPrefix(l.name, m.cfg.LinkPrefix)
 		if o, err := parseAlias(l.alias); err == nil {
@@ -231,9 +283,40 @@ func (m *Manager) adopt() error {
 			keep[o.addr4], keep[o.addr6] = true, true
 		}
 	}
-	return sweepFlows(func(a netip.Addr) bool {
+	m.mu.Unlock()
+	if err := m.adoptTable(); err != nil {
+		return err
+	}
+	err = sweepFlows(func(a netip.Addr) bool {
 		return !keep[a] && (m.cfg.Pool4.Contains(a) || m.cfg.Pool6.Contains(a))
 	})
+	if err != nil {
+		return err
+	}
+	return m.sweepNotes(keep)
+}
+
+func (m *Manager) adoptTable() error {
+	m.rules.mu.Lock()
+	defer m.rules.mu.Unlock()
+	have, err := m.findTable()
+	if err != nil {
+		return err
+	}
+	published, err := m.readPublished(have)
+	if err != nil {
+		return err
+	}
+	m.rules.pub = m.byID(published)
+	return m.installTable()
+}
+
+// known answers the addresses of a sandbox that this process has seen.
+func (m *Manager) known(id string) (owned, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	o, ok := m.live[id]
+	return o, ok
 }
 
 func (c Config) withDefaults() (Config, error) {
@@ -256,6 +339,9 @@ func (c Config) withDefaults() (Config, error) {
 		return c, fmt.Errorf("pool6 %s: want an IPv6 prefix", c.Pool6)
 	}
 	c.Pool4, c.Pool6 = c.Pool4.Masked(), c.Pool6.Masked()
+	if c.MaxConnections == 0 {
+		c.MaxConnections = defaultConnections
+	}
 	return c, nil
 }
 
@@ -304,7 +390,7 @@ func (m *Manager) NetnsPath(id string) string { return filepath.Join(m.cfg.Netns
 func (m *Manager) HostName(id string) string { return m.cfg.LinkPrefix + id }
 
 // Close leaves everything in place and frees what the manager holds open.
-func (m *Manager) Close() error { return m.rt.close() }
+func (m *Manager) Close() error { return errors.Join(m.rt.close(), m.rules.rd.close()) }
 
 func (m *Manager) failpoint(step string) error {
 	if m.fault == nil {

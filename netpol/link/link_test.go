@@ -146,6 +146,12 @@ func FuzzNetlink(f *testing.F) {
 		_, _ = parseLink(b)
 		_, _, _, _ = parseLocal(b)
 		_, _ = parseFlow(b)
+		_, _, _ = parseRoute(b)
+		_, _, _ = parseAddr(b)
+		_, _, _ = parseNeigh(b)
+		_, _ = parseRule(b)
+		_ = parseComment(b)
+		_, _ = parseElementPackets(b)
 		_ = mayBeLocal(b)
 		for _, flags := range []uint16{0, 0x100, 0x200, 0x300} {
 			_ = ackError(b, flags)

@@ -232,9 +232,24 @@ type linkInfo struct {
 	index, peer int // peer: the other end's index, in its own namespace
 	name, alias string
 	up          bool
+	flags       uint32
 	oper        uint8
 	mac         net.HardwareAddr
 	mtu         int
+	conf4       []byte // sysctls by id, 32 bits each, from id 1
+	conf6       []byte // the same, from id 0
+}
+
+// sysctl answers the value of s, -1 if the kernel did not tell it.
+func (l linkInfo) sysctl(s linkSysctl) int {
+	conf, at := l.conf6, s.id*4
+	if s.fam == unix.AF_INET {
+		conf, at = l.conf4, (s.id-1)*4
+	}
+	if at+4 > len(conf) {
+		return -1
+	}
+	return int(int32(binary.NativeEndian.Uint32(conf[at:])))
 }
 
 const (
@@ -247,7 +262,7 @@ func parseLink(b []byte) (linkInfo, error) {
 		return linkInfo{}, errShort
 	}
 	msg := nl.DeserializeIfInfomsg(b)
-	l := linkInfo{index: int(msg.Index), up: msg.Flags&unix.IFF_UP != 0}
+	l := linkInfo{index: int(msg.Index), up: msg.Flags&unix.IFF_UP != 0, flags: msg.Flags}
 	err := eachAttr(b[unix.SizeofIfInfomsg:], func(typ uint16, _, value []byte) (err error) {
 		switch typ {
 		case unix.IFLA_IFNAME:
@@ -265,10 +280,27 @@ func parseLink(b []byte) (linkInfo, error) {
 			l.mac = bytes.Clone(value)
 		case unix.IFLA_MTU:
 			l.mtu, err = attrInt(value)
+		case unix.IFLA_AF_SPEC:
+			l.conf4, l.conf6, err = parseLinkSysctls(value)
 		}
 		return err
 	})
 	return l, err
+}
+
+func parseLinkSysctls(b []byte) (conf4, conf6 []byte, err error) {
+	err = eachAttr(b, func(fam uint16, _, value []byte) error {
+		return eachAttr(value, func(typ uint16, _, value []byte) error {
+			switch {
+			case fam == unix.AF_INET && typ == unix.IFLA_INET_CONF:
+				conf4 = bytes.Clone(value)
+			case fam == unix.AF_INET6 && typ == unix.IFLA_INET6_CONF:
+				conf6 = bytes.Clone(value)
+			}
+			return nil
+		})
+	})
+	return conf4, conf6, err
 }
 
 // errShort: the kernel's message ends before it should.

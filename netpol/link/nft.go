@@ -3,164 +3,219 @@
 package link
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
+	"slices"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"golang.org/x/sys/unix"
 )
 
-// Counters of the table. They are named, so they go on when Open replaces the
-// rules; only Purge resets them.
-const (
-	countUnmarked    = "unmarked"    // from a sandbox link without the program's mark
-	countToHost      = "to_host"     // from a sandbox link to the host itself
-	countToSandbox   = "to_sandbox"  // from a sandbox link to another
-	countInvalid     = "invalid"     // from a sandbox link, fits no flow: NAT would let it out bare
-	countUnsolicited = "unsolicited" // to a sandbox link, answers nothing
-)
-
-var counterNames = []string{countUnmarked, countToHost, countToSandbox, countInvalid, countUnsolicited}
-
-// chain is a base chain and its rules, in order.
-type chain struct {
-	spec  *nftables.Chain
-	rules [][]expr.Any
+// ruleset is what this process knows of the table.
+type ruleset struct {
+	mu   sync.Mutex
+	rd   *conn             // reads; has a lock of its own
+	pub  map[string][]Port // +checklocks:mu; published ports by sandbox
+	made []fact            // +checklocks:mu; the rules as the kernel gave them back when they were made
+	// good is the kernel's generation of all rules at which the table was
+	// last found right; 0 is none.
+	good uint32 // +checklocks:mu
 }
 
-func (m *Manager) table() *nftables.Table {
-	return &nftables.Table{Name: m.cfg.Table, Family: nftables.TableFamilyINet}
-}
-
-// chains answers the whole table:
-//
-//	chain prerouting  { type filter hook prerouting priority raw
-//	  iifname "bh*" meta mark & 0xffff0000 != 0x62680000 counter name unmarked drop }
-//	chain input       { type filter hook input priority filter
-//	  iifname "bh*" counter name to_host drop }
-//	chain forward     { type filter hook forward priority filter
-//	  iifname "bh*" oifname "bh*" counter name to_sandbox drop
-//	  iifname "bh*" ct state invalid counter name invalid drop
-//	  oifname "bh*" ct state established,related accept
-//	  oifname "bh*" counter name unsolicited drop }
-//	chain postrouting { type nat hook postrouting priority srcnat
-//	  ip  saddr <pool4> oifname != "bh*" masquerade
-//	  ip6 saddr <pool6> oifname != "bh*" masquerade }
-func (m *Manager) chains(t *nftables.Table) []chain {
-	accept := nftables.ChainPolicyAccept
-	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) *nftables.Chain {
-		return &nftables.Chain{Name: name, Table: t, Type: typ, Hooknum: hook, Priority: prio, Policy: &accept}
-	}
-	from, to := m.fromSandbox(), m.toSandbox()
-	const filter, nat = nftables.ChainTypeFilter, nftables.ChainTypeNAT
-	return []chain{
-		{
-			base("prerouting", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw),
-			[][]expr.Any{rule(from, unmarked(), drop(countUnmarked))},
-		},
-		{
-			base("input", filter, nftables.ChainHookInput, nftables.ChainPriorityFilter),
-			[][]expr.Any{rule(from, drop(countToHost))},
-		},
-		{
-			base("forward", filter, nftables.ChainHookForward, nftables.ChainPriorityFilter),
-			[][]expr.Any{
-				rule(from, to, drop(countToSandbox)),
-				rule(from, ctState(expr.CtStateBitINVALID), drop(countInvalid)),
-				rule(to, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept)),
-				rule(to, drop(countUnsolicited)),
-			},
-		},
-		{
-			base("postrouting", nat, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource),
-			[][]expr.Any{
-				rule(sourceIn(m.cfg.Pool4), m.notToSandbox(), []expr.Any{&expr.Masq{}}),
-				rule(sourceIn(m.cfg.Pool6), m.notToSandbox(), []expr.Any{&expr.Masq{}}),
-			},
-		},
-	}
-}
-
-// installTable makes the table what chains says, in one transaction. Chains
-// that exist keep their hooks: replacing a whole table would leave an instant
-// in which a packet passes the new chain before its rules count and the old
-// chain after its rules stopped counting.
-func (m *Manager) installTable() error {
-	have, err := m.nftc.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("list nftables chains: %w", err)
-	}
-	t := m.table()
-	want := m.chains(t)
-	existing := map[string]*nftables.Chain{}
-	replace := false
-	for _, h := range have {
-		if h.Table.Name != t.Name {
-			continue
-		}
-		existing[h.Name] = h
-		if !isWanted(h, want) {
-			replace = true // made by another version; only a new table will do
-		}
-	}
-	if replace {
-		m.nftc.DelTable(t)
-		clear(existing)
-	}
-	m.nftc.AddTable(t)
-	counters, err := m.counters()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+// Restore makes the table again what Open made it, published ports included,
+// in one transaction. It repairs what VerifyTable found; counters go on
+// unless the chains themselves had to be made anew.
+func (m *Manager) Restore() error {
+	if err := enableForwarding(m.cfg.LinkPrefix); err != nil {
 		return err
 	}
-	for _, name := range counterNames {
-		if _, ok := counters[name]; ok && !replace {
-			continue
+	m.rules.mu.Lock()
+	defer m.rules.mu.Unlock()
+	return m.installTable()
+}
+
+// found is what there is of the table.
+type found struct {
+	table  *nftables.Table
+	chains []*nftables.Chain
+	sets   []*nftables.Set
+}
+
+// findTable reads the table's outline; found.table is nil if there is none.
+func (m *Manager) findTable() (found, error) {
+	c := &nftables.Conn{}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return found{}, fmt.Errorf("list nftables tables: %w", err)
+	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == m.cfg.Table })
+	if i < 0 {
+		return found{}, nil
+	}
+	f := found{table: tables[i]}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return found{}, fmt.Errorf("list nftables chains: %w", err)
+	}
+	for _, h := range chains {
+		if h.Table.Name == m.cfg.Table {
+			f.chains = append(f.chains, h)
 		}
-		m.nftc.AddObj(&nftables.NamedObj{Table: t, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+	}
+	if f.sets, err = c.GetSets(f.table); err != nil {
+		return found{}, fmt.Errorf("list sets of table inet %s: %w", m.cfg.Table, err)
+	}
+	return f, nil
+}
+
+// difference names the first way in which the outline is not what is wanted,
+// "" if there is none. missing says whether parts that are not there count.
+func (f found) difference(want []chain, sets []*nftables.Set, missing bool) string {
+	if f.table == nil {
+		if missing {
+			return "there is no table"
+		}
+		return ""
+	}
+	for _, h := range f.chains {
+		i := slices.IndexFunc(want, func(c chain) bool { return c.spec.Name == h.Name })
+		if i < 0 {
+			return "chain " + h.Name + " is not ours"
+		}
+		if d := chainDifference(h, want[i].spec); d != "" {
+			return d
+		}
+	}
+	for _, h := range f.sets {
+		i := slices.IndexFunc(sets, func(s *nftables.Set) bool { return s.Name == h.Name })
+		if i < 0 {
+			return "set " + h.Name + " is not ours"
+		}
+		if !sameSet(h, sets[i]) {
+			return "set " + h.Name + " is of another kind"
+		}
+	}
+	if !missing {
+		return ""
 	}
 	for _, c := range want {
-		m.nftc.AddChain(c.spec)
-		if existing[c.spec.Name] != nil {
-			m.nftc.FlushChain(c.spec)
-		}
-		for _, r := range c.rules {
-			m.nftc.AddRule(&nftables.Rule{Table: t, Chain: c.spec, Exprs: r})
+		if !slices.ContainsFunc(f.chains, func(h *nftables.Chain) bool { return h.Name == c.spec.Name }) {
+			return "chain " + c.spec.Name + " is missing"
 		}
 	}
-	if err := m.nftc.Flush(); err != nil {
+	for _, s := range sets {
+		if !slices.ContainsFunc(f.sets, func(h *nftables.Set) bool { return h.Name == s.Name }) {
+			return "set " + s.Name + " is missing"
+		}
+	}
+	return ""
+}
+
+func chainDifference(h, want *nftables.Chain) string {
+	switch {
+	case h.Type != want.Type, h.Hooknum == nil, h.Priority == nil:
+		return fmt.Sprintf("chain %s is of type %q, want %q", h.Name, h.Type, want.Type)
+	case *h.Hooknum != *want.Hooknum:
+		return fmt.Sprintf("chain %s is at hook %d, want %d", h.Name, *h.Hooknum, *want.Hooknum)
+	case *h.Priority != *want.Priority:
+		return fmt.Sprintf("chain %s has priority %d, want %d", h.Name, *h.Priority, *want.Priority)
+	case h.Policy == nil || *h.Policy != *want.Policy:
+		return fmt.Sprintf("chain %s has another policy", h.Name)
+	}
+	return ""
+}
+
+func sameSet(a, b *nftables.Set) bool {
+	return a.KeyType.Name == b.KeyType.Name && a.IsMap == b.IsMap && a.DataType.Name == b.DataType.Name &&
+		a.Dynamic == b.Dynamic && a.HasTimeout == b.HasTimeout && a.Size == b.Size &&
+		!a.Interval && !a.Constant
+}
+
+// installTable makes the table what chains and sets say, in one transaction.
+// Chains that exist keep their hooks: replacing a whole table would leave an
+// instant in which a packet passes the new chain before its rules count and
+// the old chain after its rules stopped counting.
+//
+// +checklocks:m.rules.mu
+func (m *Manager) installTable() error {
+	have, err := m.findTable()
+	if err != nil {
+		return err
+	}
+	t := m.table()
+	want, sets := m.chains(t), m.sets(t)
+	m.rules.good = 0
+	tx := &nftables.Conn{}
+	if have.difference(want, sets, false) != "" {
+		tx.DelTable(t) // made by another version, or by hand; only a new table will do
+		have = found{}
+	}
+	tx.AddTable(t) // without flags: a table that was put to sleep wakes
+	if err := m.addCounters(tx, have.table != nil); err != nil {
+		return err
+	}
+	for _, s := range sets {
+		if err := tx.AddSet(s, nil); err != nil {
+			return fmt.Errorf("set %s: %w", s.Name, err)
+		}
+	}
+	if err := m.refillPublished(tx, t); err != nil {
+		return err
+	}
+	if err := m.noteLinks(tx, t); err != nil {
+		return err
+	}
+	for _, c := range want {
+		tx.AddChain(c.spec)
+		if slices.ContainsFunc(have.chains, func(h *nftables.Chain) bool { return h.Name == c.spec.Name }) {
+			tx.FlushChain(c.spec)
+		}
+		for _, r := range c.rules {
+			tx.AddRule(&nftables.Rule{Table: t, Chain: c.spec, Exprs: r.exprs, UserData: r.userData()})
+		}
+	}
+	if err := tx.Flush(); err != nil {
 		return fmt.Errorf("install nftables table inet %s: %w", t.Name, err)
+	}
+	m.rules.made, err = m.rules.rd.ruleFacts(t.Name)
+	return err
+}
+
+// addCounters adds the counters that are missing to the transaction: to
+// write one that is there would set it to zero.
+func (m *Manager) addCounters(tx *nftables.Conn, tableExists bool) error {
+	have := map[string]expr.Counter{}
+	if tableExists {
+		var err error
+		if have, err = m.counters(); err != nil {
+			return err
+		}
+	}
+	for _, name := range counterNames {
+		if _, ok := have[name]; !ok {
+			tx.AddObj(&nftables.NamedObj{Table: m.table(), Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+		}
 	}
 	return nil
 }
 
-func isWanted(h *nftables.Chain, want []chain) bool {
-	for _, w := range want {
-		if w.spec.Name == h.Name {
-			return h.Type == w.spec.Type && h.Hooknum != nil && *h.Hooknum == *w.spec.Hooknum &&
-				h.Priority != nil && *h.Priority == *w.spec.Priority
-		}
-	}
-	return false
-}
-
-// Purge removes the table, NAT and second layer with it. Links stay.
+// Purge removes the table, NAT, caps, published ports and second layer with
+// it. Links stay.
 func (m *Manager) Purge() error {
-	tables, err := m.nftc.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("list nftables tables: %w", err)
+	m.rules.mu.Lock()
+	defer m.rules.mu.Unlock()
+	have, err := m.findTable()
+	if err != nil || have.table == nil {
+		return err
 	}
-	for _, t := range tables {
-		if t.Name != m.cfg.Table {
-			continue
-		}
-		m.nftc.DelTable(t)
-		if err := m.nftc.Flush(); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove nftables table inet %s: %w", t.Name, err)
-		}
+	m.rules.good = 0
+	clear(m.rules.pub)
+	tx := &nftables.Conn{}
+	tx.DelTable(m.table())
+	if err := tx.Flush(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove nftables table inet %s: %w", m.cfg.Table, err)
 	}
 	return nil
 }
@@ -169,8 +224,8 @@ func (m *Manager) Purge() error {
 // made: packets from sandbox links that bore no mark, or that bore one and
 // went to the host or to another sandbox. The egress program should have
 // dropped every one of them; a growing number means that a link runs without
-// its program, or that the program is wrong. Dropped answers and unsolicited
-// packets are not in it.
+// its program, or that the program is wrong. Dropped answers, capped
+// connections and unsolicited packets are not in it.
 func (m *Manager) SecondLayerDrops() (packets, bytes uint64, err error) {
 	c, err := m.counters()
 	if err != nil {
@@ -203,68 +258,3 @@ func (m *Manager) counters() (map[string]expr.Counter, error) {
 	}
 	return all, nil
 }
-
-func rule(parts ...[]expr.Any) []expr.Any {
-	var r []expr.Any
-	for _, p := range parts {
-		r = append(r, p...)
-	}
-	return r
-}
-
-// ifname matches links by the prefix of their name: a comparison that is
-// shorter than a name.
-func (m *Manager) ifname(key expr.MetaKey, op expr.CmpOp) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: op, Register: 1, Data: []byte(m.cfg.LinkPrefix)},
-	}
-}
-
-func (m *Manager) fromSandbox() []expr.Any  { return m.ifname(expr.MetaKeyIIFNAME, expr.CmpOpEq) }
-func (m *Manager) toSandbox() []expr.Any    { return m.ifname(expr.MetaKeyOIFNAME, expr.CmpOpEq) }
-func (m *Manager) notToSandbox() []expr.Any { return m.ifname(expr.MetaKeyOIFNAME, expr.CmpOpNeq) }
-
-func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
-
-func unmarked() []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native32(MarkMask), Xor: native32(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: native32(Mark)},
-	}
-}
-
-func ctState(bits uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native32(bits), Xor: native32(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: native32(0)},
-	}
-}
-
-func sourceIn(p netip.Prefix) []expr.Any {
-	proto, offset := byte(unix.NFPROTO_IPV4), uint32(12)
-	if p.Addr().Is6() {
-		proto, offset = unix.NFPROTO_IPV6, 8
-	}
-	addr := p.Addr().AsSlice()
-	mask := make([]byte, len(addr))
-	for i := range p.Bits() {
-		mask[i/8] |= 0x80 >> (i % 8)
-	}
-	n := uint32(len(addr))
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: n},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: n, Mask: mask, Xor: make([]byte, n)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: addr},
-	}
-}
-
-func drop(counter string) []expr.Any {
-	return append([]expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: counter}}, verdict(expr.VerdictDrop)...)
-}
-
-func verdict(k expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: k}} }

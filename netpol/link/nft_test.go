@@ -169,13 +169,19 @@ func TestSpoofedSourceIsDropped(t *testing.T) {
 	}
 }
 
+// listenUDP opens a socket in a namespace; nil is the host.
 func listenUDP(t testing.TB, ns *os.File, a netip.Addr) *net.UDPConn {
 	t.Helper()
 	var c *net.UDPConn
-	must(t, inNetns(ns, func() (err error) {
+	listen := func() (err error) {
 		c, err = net.ListenUDP("udp", &net.UDPAddr{IP: a.AsSlice()})
 		return err
-	}))
+	}
+	if ns == nil {
+		must(t, listen())
+	} else {
+		must(t, inNetns(ns, listen))
+	}
 	t.Cleanup(func() { _ = c.Close() })
 	return c
 }
@@ -274,7 +280,7 @@ func TestOpenReplacesForeignTable(t *testing.T) {
 	for _, h := range chains {
 		got[h.Name] = fmt.Sprint(h.Type, " ", *h.Hooknum, " ", *h.Priority)
 	}
-	want := map[string]string{"prerouting": "filter 0 -300", "input": "filter 1 0", "forward": "filter 2 0", "postrouting": "nat 4 100"}
+	want := map[string]string{"prerouting": "filter 0 -300", "publish": "nat 0 -100", "input": "filter 1 0", "forward": "filter 2 0", "postrouting": "nat 4 100"}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("chains (-want +got):\n%s", d)
 	}

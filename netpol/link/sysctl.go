@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -77,11 +78,38 @@ func insideSysctls() error {
 	return nil
 }
 
-// hostLinkSysctls6 sets what netlink cannot set on the host's end. The IPv4
-// ones travel with the link, see linkSpec.
+// linkSysctl is one sysctl of the host's end of a link.
+type linkSysctl struct {
+	name  string
+	fam   int // AF_INET or AF_INET6
+	id    int // its place in what the kernel tells of a link
+	value int
+}
+
+// hostSysctls are those of the host's end. rp_filter is strict: the only
+// route to the sandbox is this link. The IPv4 ones travel with the link, see
+// hostSpec; netlink cannot set the others.
+var hostSysctls = [...]linkSysctl{
+	{"ipv4 forwarding", unix.AF_INET, devconfForwarding, 1},
+	{"ipv4 rp_filter", unix.AF_INET, devconfRPFilter, 1},
+	{"ipv4 proxy_arp", unix.AF_INET, devconfProxyARP, 0},
+	{"ipv4 accept_redirects", unix.AF_INET, devconfAcceptRedirects, 0},
+	{"ipv4 send_redirects", unix.AF_INET, devconfSendRedirects, 0},
+	{"ipv4 accept_source_route", unix.AF_INET, devconfAcceptSourceRoute, 0},
+	{"ipv4 route_localnet", unix.AF_INET, devconfRouteLocalnet, 0},
+	{"accept_ra", unix.AF_INET6, devconf6AcceptRA, 0},
+	{"accept_redirects", unix.AF_INET6, devconf6AcceptRedirects, 0},
+	{"autoconf", unix.AF_INET6, devconf6Autoconf, 0},
+	{"accept_dad", unix.AF_INET6, devconf6AcceptDAD, 0},
+}
+
+// hostLinkSysctls6 sets what netlink cannot set on the host's end.
 func hostLinkSysctls6(name string) error {
-	for _, key := range [...]string{"accept_ra", "accept_redirects", "autoconf", "accept_dad"} {
-		if err := writeSysctl(sysctl6+name+"/"+key, "0"); err != nil {
+	for _, s := range hostSysctls {
+		if s.fam != unix.AF_INET6 {
+			continue
+		}
+		if err := writeSysctl(sysctl6+name+"/"+s.name, strconv.Itoa(s.value)); err != nil {
 			return err
 		}
 	}
