@@ -13,10 +13,53 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type DatapathBhAddr struct {
+	_      structs.HostLayout
+	Family uint32
+	Addr   [16]uint8
+}
+
+type DatapathBhAuditKey struct {
+	_        structs.HostLayout
+	Slot     uint32
+	Epoch    uint32
+	Rule     uint32
+	Port     uint16
+	Proto    uint8
+	Reserved uint8
+	Addr     DatapathBhAddr
+}
+
+type DatapathBhBudget struct {
+	_        structs.HostLayout
+	Left     int64
+	Window   uint64
+	Granted  uint64
+	Slot     uint32
+	Used     uint16
+	Len      uint16
+	Text     [92]uint8
+	Reserved uint32
+}
+
+type DatapathBhCached struct {
+	_         structs.HostLayout
+	Seq       uint32
+	Gen       uint32
+	DenyGen   uint32
+	Port      uint16
+	Proto     uint8
+	Reserved  uint8
+	Addr      DatapathBhAddr
+	Step      DatapathBhPortRule
+	Reserved2 [3]uint32
+}
+
 type DatapathBhCount struct {
 	_       structs.HostLayout
 	Packets uint64
 	Bytes   uint64
+	Tick    uint64
 }
 
 type DatapathBhCounters struct {
@@ -38,6 +81,58 @@ type DatapathBhDrops struct {
 	ByReason [48]DatapathBhCount
 }
 
+type DatapathBhEvent struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	Slot    uint32
+	Epoch   uint32
+	Rule    uint32
+	Len     uint32
+	Sport   uint16
+	Dport   uint16
+	Reason  uint8
+	Audit   uint8
+	Proto   uint8
+	Inbound uint8
+	Addr    DatapathBhAddr
+	Cpu     uint32
+}
+
+type DatapathBhHead struct {
+	_         structs.HostLayout
+	Rates     [7]uint32
+	Budgets   [7]uint32
+	Limited   uint32
+	Published uint32
+	Ports     [8]DatapathBhPublished
+}
+
+type DatapathBhInbound struct {
+	_        structs.HostLayout
+	Gen      uint32
+	Slot     uint32
+	Local    uint16
+	Remote   uint16
+	Proto    uint8
+	Reserved [3]uint8
+	Addr     DatapathBhAddr
+}
+
+type DatapathBhLearned struct {
+	_        structs.HostLayout
+	Used     uint64
+	Count    uint32
+	Reserved uint32
+	Rules    [16]DatapathBhPortRule
+}
+
+type DatapathBhLease struct {
+	_      structs.HostLayout
+	Left   int64
+	Window uint64
+}
+
 type DatapathBhLpmKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -50,13 +145,15 @@ type DatapathBhMeta struct {
 	Layout       uint32
 	MaxSandboxes uint32
 	Program      [32]uint8
-	Reserved     [24]uint8
+	NextGen      uint32
+	Reserved     [20]uint8
 }
 
 type DatapathBhPolicyEntry struct {
 	_     structs.HostLayout
 	Count uint32
-	Rules [32]DatapathBhPortRule
+	More  uint32
+	Rules [4]DatapathBhPortRule
 }
 
 type DatapathBhPolicyInfo struct {
@@ -68,13 +165,34 @@ type DatapathBhPolicyInfo struct {
 }
 
 type DatapathBhPortRule struct {
+	_       structs.HostLayout
+	Lo      uint16
+	Hi      uint16
+	Proto   uint8
+	Step    uint8
+	Limited uint16
+	Rule    uint32
+	Rate    uint32
+}
+
+type DatapathBhPublished struct {
 	_        structs.HostLayout
-	Lo       uint16
-	Hi       uint16
+	Port     uint16
 	Proto    uint8
-	Deny     uint8
-	Reserved uint16
+	Reserved uint8
 	Rule     uint32
+}
+
+type DatapathBhRate struct {
+	_        structs.HostLayout
+	Tat      uint64
+	Cost     uint64
+	Burst    uint64
+	Slot     uint32
+	Used     uint16
+	Len      uint16
+	Text     [92]uint8
+	Reserved uint32
 }
 
 type DatapathBhReason uint32
@@ -116,7 +234,11 @@ const (
 	DatapathBhReasonBH_IN_DESTINATION  DatapathBhReason = 33
 	DatapathBhReasonBH_IN_SANDBOX      DatapathBhReason = 34
 	DatapathBhReasonBH_IN_SOURCE       DatapathBhReason = 35
-	DatapathBhReasonBH_REASONS         DatapathBhReason = 36
+	DatapathBhReasonBH_RATE            DatapathBhReason = 36
+	DatapathBhReasonBH_BUDGET          DatapathBhReason = 37
+	DatapathBhReasonBH_ECHO_SIZE       DatapathBhReason = 38
+	DatapathBhReasonBH_ECHO_RATE       DatapathBhReason = 39
+	DatapathBhReasonBH_REASONS         DatapathBhReason = 40
 )
 
 type DatapathBhRuleName struct {
@@ -131,33 +253,62 @@ type DatapathBhRuleName struct {
 type DatapathBhSlot struct {
 	_        structs.HostLayout
 	Ifindex  uint32
-	Policy   uint32
+	Epoch    uint32
+	Policy   uint64
 	Mac      [6]uint8
 	Has      uint16
 	Addr4    uint32
-	Epoch    uint32
+	Reserved uint32
 	Addr6    [2]uint64
-	Reserved uint64
 	Id       [16]uint8
 }
+
+type DatapathBhState struct {
+	_        structs.HostLayout
+	Tick     uint64
+	DenyGen  uint32
+	Reserved uint32
+}
+
+type DatapathBhStep uint32
+
+const (
+	DatapathBhStepBH_STEP_ALLOW      DatapathBhStep = 0
+	DatapathBhStepBH_STEP_DENY       DatapathBhStep = 1
+	DatapathBhStepBH_STEP_AUDIT_DENY DatapathBhStep = 2
+	DatapathBhStepBH_STEP_AUDIT      DatapathBhStep = 3
+)
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	DatapathMapAudited          = "audited"
+	DatapathMapBudgets          = "budgets"
+	DatapathMapCached           = "cached"
 	DatapathMapCounters         = "counters"
 	DatapathMapDenyFilter       = "deny_filter"
 	DatapathMapDrops            = "drops"
+	DatapathMapEchoes           = "echoes"
+	DatapathMapEvents           = "events"
+	DatapathMapEventsLost       = "events_lost"
 	DatapathMapHardDeny         = "hard_deny"
+	DatapathMapHeads            = "heads"
+	DatapathMapInbound          = "inbound"
+	DatapathMapLearned          = "learned"
+	DatapathMapLearnedTemplate  = "learned_template"
+	DatapathMapLeases           = "leases"
 	DatapathMapLinks            = "links"
 	DatapathMapMeta             = "meta"
 	DatapathMapPolicies         = "policies"
 	DatapathMapPolicyInfo       = "policy_info"
 	DatapathMapPolicyTemplate   = "policy_template"
+	DatapathMapRates            = "rates"
 	DatapathMapRuleCounters     = "rule_counters"
 	DatapathMapRuleNames        = "rule_names"
 	DatapathMapRulePageTemplate = "rule_page_template"
 	DatapathMapSlots            = "slots"
+	DatapathMapState            = "state"
 	DatapathProgExplain         = "explain"
 	DatapathProgFromSandbox     = "from_sandbox"
 	DatapathProgToSandbox       = "to_sandbox"
@@ -214,19 +365,32 @@ type DatapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DatapathMapSpecs struct {
+	Audited          *ebpf.MapSpec `ebpf:"audited"`
+	Budgets          *ebpf.MapSpec `ebpf:"budgets"`
+	Cached           *ebpf.MapSpec `ebpf:"cached"`
 	Counters         *ebpf.MapSpec `ebpf:"counters"`
 	DenyFilter       *ebpf.MapSpec `ebpf:"deny_filter"`
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
+	Echoes           *ebpf.MapSpec `ebpf:"echoes"`
+	Events           *ebpf.MapSpec `ebpf:"events"`
+	EventsLost       *ebpf.MapSpec `ebpf:"events_lost"`
 	HardDeny         *ebpf.MapSpec `ebpf:"hard_deny"`
+	Heads            *ebpf.MapSpec `ebpf:"heads"`
+	Inbound          *ebpf.MapSpec `ebpf:"inbound"`
+	Learned          *ebpf.MapSpec `ebpf:"learned"`
+	LearnedTemplate  *ebpf.MapSpec `ebpf:"learned_template"`
+	Leases           *ebpf.MapSpec `ebpf:"leases"`
 	Links            *ebpf.MapSpec `ebpf:"links"`
 	Meta             *ebpf.MapSpec `ebpf:"meta"`
 	Policies         *ebpf.MapSpec `ebpf:"policies"`
 	PolicyInfo       *ebpf.MapSpec `ebpf:"policy_info"`
 	PolicyTemplate   *ebpf.MapSpec `ebpf:"policy_template"`
+	Rates            *ebpf.MapSpec `ebpf:"rates"`
 	RuleCounters     *ebpf.MapSpec `ebpf:"rule_counters"`
 	RuleNames        *ebpf.MapSpec `ebpf:"rule_names"`
 	RulePageTemplate *ebpf.MapSpec `ebpf:"rule_page_template"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
+	State            *ebpf.MapSpec `ebpf:"state"`
 }
 
 // DatapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -255,36 +419,62 @@ func (o *DatapathObjects) Close() error {
 //
 // It can be passed to LoadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DatapathMaps struct {
+	Audited          *ebpf.Map `ebpf:"audited"`
+	Budgets          *ebpf.Map `ebpf:"budgets"`
+	Cached           *ebpf.Map `ebpf:"cached"`
 	Counters         *ebpf.Map `ebpf:"counters"`
 	DenyFilter       *ebpf.Map `ebpf:"deny_filter"`
 	Drops            *ebpf.Map `ebpf:"drops"`
+	Echoes           *ebpf.Map `ebpf:"echoes"`
+	Events           *ebpf.Map `ebpf:"events"`
+	EventsLost       *ebpf.Map `ebpf:"events_lost"`
 	HardDeny         *ebpf.Map `ebpf:"hard_deny"`
+	Heads            *ebpf.Map `ebpf:"heads"`
+	Inbound          *ebpf.Map `ebpf:"inbound"`
+	Learned          *ebpf.Map `ebpf:"learned"`
+	LearnedTemplate  *ebpf.Map `ebpf:"learned_template"`
+	Leases           *ebpf.Map `ebpf:"leases"`
 	Links            *ebpf.Map `ebpf:"links"`
 	Meta             *ebpf.Map `ebpf:"meta"`
 	Policies         *ebpf.Map `ebpf:"policies"`
 	PolicyInfo       *ebpf.Map `ebpf:"policy_info"`
 	PolicyTemplate   *ebpf.Map `ebpf:"policy_template"`
+	Rates            *ebpf.Map `ebpf:"rates"`
 	RuleCounters     *ebpf.Map `ebpf:"rule_counters"`
 	RuleNames        *ebpf.Map `ebpf:"rule_names"`
 	RulePageTemplate *ebpf.Map `ebpf:"rule_page_template"`
 	Slots            *ebpf.Map `ebpf:"slots"`
+	State            *ebpf.Map `ebpf:"state"`
 }
 
 func (m *DatapathMaps) Close() error {
 	return _DatapathClose(
+		m.Audited,
+		m.Budgets,
+		m.Cached,
 		m.Counters,
 		m.DenyFilter,
 		m.Drops,
+		m.Echoes,
+		m.Events,
+		m.EventsLost,
 		m.HardDeny,
+		m.Heads,
+		m.Inbound,
+		m.Learned,
+		m.LearnedTemplate,
+		m.Leases,
 		m.Links,
 		m.Meta,
 		m.Policies,
 		m.PolicyInfo,
 		m.PolicyTemplate,
+		m.Rates,
 		m.RuleCounters,
 		m.RuleNames,
 		m.RulePageTemplate,
 		m.Slots,
+		m.State,
 	)
 }
 

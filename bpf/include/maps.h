@@ -35,8 +35,9 @@ struct {
  * key:   index, host byte order; 0 stays empty
  * value: a trie; its key is struct bh_lpm_key, its value struct bh_policy_entry
  * A trie is filled before a slot points at it and never changes while one does.
- * Only user space writes. It puts an empty trie over a used one and waits for
- * the programs that may still read it before it uses the index again.
+ * Only user space writes. When no slot points at it any more it puts an empty
+ * trie over a used one, in the background, and the kernel waits for the programs
+ * that may still read it before user space uses the index again.
  */
 struct policy_trie {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
@@ -91,6 +92,158 @@ struct {
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_MMAPABLE);
 } deny_filter SEC(".maps");
+
+/* learned: addresses that names resolved to, under the same index as the policy.
+ * key:   index, host byte order; 0 stays empty
+ * value: a hash; its key is struct bh_addr, its value struct bh_learned
+ * User space adds and deletes addresses while the policy is in force; programs
+ * write used alone.
+ */
+struct learned_hash {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct bh_addr);
+	__type(value, struct bh_learned);
+	__uint(max_entries, 2048);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} learned_template SEC(".maps"); /* what user space makes new ones from; stays empty */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(key_size, sizeof(__u32));
+	__uint(max_entries, 8193); /* (*) */
+	__array(values, struct learned_hash);
+} learned SEC(".maps");
+
+/* heads: limits and published ports, under the same index as the policy.
+ * key:   index, host byte order
+ * value: struct bh_head
+ * Only user space writes, before a slot points at the index.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_head);
+	__uint(max_entries, 8193); /* (*) */
+} heads SEC(".maps");
+
+/* rates: token buckets.
+ * key:   index, host byte order; 0 is never used
+ * value: struct bh_rate
+ * Programs move tat; user space writes the rest through shared memory.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_rate);
+	__uint(max_entries, 16385); /* (*) */
+	__uint(map_flags, BPF_F_MMAPABLE);
+} rates SEC(".maps");
+
+/* budgets: byte budgets.
+ * key:   index, host byte order; 0 is never used
+ * value: struct bh_budget
+ * Programs and user space add to left atomically; user space writes the rest
+ * through shared memory.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_budget);
+	__uint(max_entries, 8193); /* (*) */
+	__uint(map_flags, BPF_F_MMAPABLE);
+} budgets SEC(".maps");
+
+/* leases: what each CPU has taken out of a budget and not spent.
+ * key:   index into budgets
+ * value: per-CPU struct bh_lease
+ * Only programs write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_lease);
+	__uint(max_entries, 8193); /* (*) */
+} leases SEC(".maps");
+
+/* echoes: the bucket of each sandbox's ICMP echo requests.
+ * key:   slot
+ * value: ns of CLOCK_MONOTONIC_COARSE, a virtual clock as in struct bh_rate
+ * Only programs write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 4097); /* (*) */
+} echoes SEC(".maps");
+
+/* state: what user space tells all programs.
+ * key:   0
+ * value: struct bh_state
+ * Only user space writes, field by field through shared memory.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_state);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+} state SEC(".maps");
+
+/* cached: remembered verdicts, a direct-mapped cache of each CPU.
+ * key:   hash of destination, port, protocol and generation
+ * value: per-CPU struct bh_cached
+ * Only programs read and write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct bh_cached);
+	__uint(max_entries, BH_CACHED);
+} cached SEC(".maps");
+
+/* inbound: connections from outside to published ports. A lost one comes back
+ * with the next packet from outside that the host has marked.
+ * key:   struct bh_inbound
+ * value: bh_state.tick of the last packet that opened it
+ * Only programs write.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct bh_inbound);
+	__type(value, __u64);
+	__uint(max_entries, 65536);
+} inbound SEC(".maps");
+
+/* audited: what policies in audit mode let pass. For people, not for bills.
+ * key:   struct bh_audit_key
+ * value: struct bh_count
+ * Programs add; user space reads.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct bh_audit_key);
+	__type(value, struct bh_count);
+	__uint(max_entries, 65536);
+} audited SEC(".maps");
+
+/* events: the flow log, struct bh_event. A full buffer loses events, never a verdict. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+/* events_lost: how many events found the buffer full.
+ * key:   0
+ * value: a count, one for all CPUs
+ * Programs add.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 1);
+} events_lost SEC(".maps");
 
 /* counters: what sandboxes were allowed to send and receive.
  * key:   slot, host byte order

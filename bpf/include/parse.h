@@ -2,8 +2,8 @@
 /*
  * The parsers. parse_strict reads what a sandbox sends and accepts only what
  * it understands to the last byte: untagged Ethernet II, then IPv4 without
- * options and fragments or IPv6 without extension headers, then TCP or UDP,
- * with lengths that agree with each other and with the frame.
+ * options and fragments or IPv6 without extension headers, then TCP, UDP or an
+ * ICMP echo request, with lengths that agree with each other and with the frame.
  */
 #ifndef BH_PARSE_H
 #define BH_PARSE_H
@@ -26,13 +26,20 @@
 #define BH_PULL_LENIENT (sizeof(struct ethhdr) + 60 + sizeof(struct tcphdr))
 
 #define BH_IP_DF 0x4000
+#define BH_IP_OFFSET 0x1fff
+
+/* Echo requests of both families. */
+#define BH_ECHO4 8
+#define BH_ECHO6 128
+#define BH_ECHO_HDR 8
 
 /* What the parsers find out. The other end is where a packet goes or comes from. */
 struct bh_packet {
 	struct bh_lpm_key other;
-	__u32 proto;
-	__u16 port; /* destination, host byte order */
+	__u32 proto; /* IPPROTO_ICMP of an echo request of either family */
+	__u16 sport, port; /* source and destination, host byte order; BH_ECHO4 of an echo request */
 	__u16 hdrs; /* IP and L4 headers */
+	__u16 opens; /* inbound: a TCP segment that opens a connection */
 	__u32 segments;
 	__u64 bytes; /* IP header and payload of all segments */
 };
@@ -114,6 +121,7 @@ static __always_inline __u32 l4_strict(struct bh_packet *p, void *l4, void *end,
 		doff = tcp->doff * 4;
 		if (doff < sizeof(*tcp) || doff > l4_len)
 			return BH_BAD_LENGTH;
+		p->sport = bpf_ntohs(tcp->source);
 		p->port = bpf_ntohs(tcp->dest);
 		p->hdrs = l3_hdr + doff;
 		return BH_ALLOWED;
@@ -127,11 +135,30 @@ static __always_inline __u32 l4_strict(struct bh_packet *p, void *l4, void *end,
 			return BH_SHORT;
 		if (bpf_ntohs(udp->len) != l4_len)
 			return BH_BAD_LENGTH;
+		p->sport = bpf_ntohs(udp->source);
 		p->port = bpf_ntohs(udp->dest);
 		p->hdrs = l3_hdr + sizeof(*udp);
 		return BH_ALLOWED;
 	}
 	return BH_PROTOCOL;
+}
+
+/* Of ICMP only a whole echo request may go on; otherwise why. */
+static __always_inline __u32 echo_strict(struct bh_packet *p, void *l4, void *end, __u32 l3_hdr, __u32 l4_len,
+					 __u8 request, __u32 why)
+{
+	__u8 *b = l4;
+
+	if (l4_len < 2 || (void *)(b + 2) > end)
+		return l4_len ? why : BH_SHORT;
+	if (b[0] != request || b[1])
+		return why;
+	if (l4_len < BH_ECHO_HDR)
+		return BH_BAD_LENGTH;
+	p->proto = IPPROTO_ICMP;
+	p->port = BH_ECHO4;
+	p->hdrs = l3_hdr + BH_ECHO_HDR;
+	return BH_ALLOWED;
 }
 
 static __always_inline __u32 ip4_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p,
@@ -150,16 +177,16 @@ static __always_inline __u32 ip4_strict(struct __sk_buff *skb, const struct bh_s
 		return BH_BAD_LENGTH;
 	if (ip->frag_off & ~bpf_htons(BH_IP_DF))
 		return BH_FRAGMENT;
-	if (ip->protocol == IPPROTO_ICMP)
-		return BH_ICMP;
 	if (!is_own4(s, ip->saddr))
 		return BH_SPOOF_IP;
 	set_other4(p, ip->daddr);
+	if (ip->protocol == IPPROTO_ICMP)
+		return echo_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip), BH_ECHO4, BH_ICMP);
 	p->proto = ip->protocol;
 	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
 }
 
-/* Why IPv6 with this next header is dropped. */
+/* Why IPv6 with this next header is dropped; BH_ALLOWED if it may be an echo request. */
 static __always_inline __u32 ip6_other(__u8 next, void *l4, void *end)
 {
 	__u8 *b = l4;
@@ -195,7 +222,7 @@ static __always_inline __u32 ip6_other(__u8 next, void *l4, void *end)
 	}
 	if ((type >= 130 && type <= 137) || type == 143)
 		return BH_NEIGHBOUR;
-	return BH_ICMP6;
+	return type == BH_ECHO6 ? BH_ALLOWED : BH_ICMP6;
 }
 
 static __always_inline __u32 ip6_strict(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p,
@@ -203,6 +230,7 @@ static __always_inline __u32 ip6_strict(struct __sk_buff *skb, const struct bh_s
 {
 	struct ipv6hdr *ip = l3;
 	__u32 len = skb->len - sizeof(struct ethhdr);
+	__u32 why;
 
 	if ((void *)(ip + 1) > end)
 		return BH_SHORT;
@@ -210,11 +238,16 @@ static __always_inline __u32 ip6_strict(struct __sk_buff *skb, const struct bh_s
 		return BH_BAD_VERSION;
 	if (bpf_ntohs(ip->payload_len) + sizeof(*ip) != len)
 		return BH_BAD_LENGTH;
-	if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP)
-		return ip6_other(ip->nexthdr, ip + 1, end);
+	if (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP) {
+		why = ip6_other(ip->nexthdr, ip + 1, end);
+		if (why)
+			return why;
+	}
 	if (!is_own6(s, &ip->saddr))
 		return BH_SPOOF_IP;
 	set_other6(p, &ip->daddr);
+	if (ip->nexthdr == IPPROTO_ICMPV6)
+		return echo_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip), BH_ECHO6, BH_ICMP6);
 	p->proto = ip->nexthdr;
 	return l4_strict(p, ip + 1, end, sizeof(*ip), len - sizeof(*ip));
 }
@@ -255,15 +288,32 @@ static __always_inline __u32 parse_strict(struct __sk_buff *skb, const struct bh
 	return BH_ETHERTYPE;
 }
 
+/* The ports of a packet towards the sandbox, as far as it has them. */
+static __always_inline void ports_lenient(struct bh_packet *p, void *l4, void *end)
+{
+	if (p->proto == IPPROTO_TCP && l4 + sizeof(struct tcphdr) <= end) {
+		struct tcphdr *tcp = l4;
+
+		p->sport = bpf_ntohs(tcp->source);
+		p->port = bpf_ntohs(tcp->dest);
+		p->opens = tcp->syn && !tcp->ack;
+	} else if (p->proto == IPPROTO_UDP && l4 + sizeof(struct udphdr) <= end) {
+		struct udphdr *udp = l4;
+
+		p->sport = bpf_ntohs(udp->source);
+		p->port = bpf_ntohs(udp->dest);
+	}
+}
+
 /*
  * Reads a frame on its way to the sandbox of slot s, which the host's stack
- * has already accepted: addresses, and headers if it stands for several
- * segments. Answers BH_ALLOWED if that was possible and it is for the sandbox,
- * and fills p but for the port.
+ * has already accepted: addresses, ports if they are there, and headers if it
+ * stands for several segments. Answers BH_ALLOWED if that was possible and it
+ * is for the sandbox.
  */
 static __always_inline __u32 parse_lenient(struct __sk_buff *skb, const struct bh_slot *s, struct bh_packet *p)
 {
-	__u32 l3_hdr, extra = 0;
+	__u32 l3_hdr, extra = 0, later = 0;
 	struct ethhdr *eth;
 	void *data, *end, *l4;
 
@@ -282,6 +332,7 @@ static __always_inline __u32 parse_lenient(struct __sk_buff *skb, const struct b
 		set_other4(p, ip->saddr);
 		p->proto = ip->protocol;
 		l3_hdr = ip->ihl * 4;
+		later = ip->frag_off & bpf_htons(BH_IP_OFFSET);
 	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *ip = (void *)(eth + 1);
 
@@ -304,9 +355,11 @@ static __always_inline __u32 parse_lenient(struct __sk_buff *skb, const struct b
 	} else {
 		return BH_IN_NOT_IP;
 	}
+	l4 = (void *)(eth + 1) + l3_hdr + extra;
+	if (!later)
+		ports_lenient(p, l4, end);
 	if (!skb->gso_size)
 		return BH_ALLOWED;
-	l4 = (void *)(eth + 1) + l3_hdr + extra;
 	if (p->proto == IPPROTO_TCP && l4 + sizeof(struct tcphdr) <= end)
 		p->hdrs = l3_hdr + ((struct tcphdr *)l4)->doff * 4;
 	else if (p->proto == IPPROTO_UDP)

@@ -6,16 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/bulkheadhq/bulkhead/bpf"
 	"github.com/bulkheadhq/bulkhead/netpol"
@@ -36,6 +33,7 @@ type Sandbox struct {
 	Addrs     []netip.Addr     // at most one of each family, inside Pools
 	Program   netpol.Program
 	PolicyRev uint64
+	Learned   []netpol.Learned // of names; used if the policy is made anew
 }
 
 // hook is one of the two places where a program sits on a sandbox's link.
@@ -122,10 +120,10 @@ func (e *Enforcer) Attach(ctx context.Context, sb Sandbox) error {
 		do   func() error
 	}{
 		{"take slot", func() error { return e.takeSlot(s, sb) }},
-		{"set policy", func() error { return e.setPolicy(s, sb.Slot, sb.Program, sb.PolicyRev) }},
+		{"set policy", func() error { return e.setPolicy(s, sb.Slot, sb.Program, sb.PolicyRev, sb.Learned) }},
 		{"bind link", func() error { return e.bind(sb) }},
-		{"attach ingress", func() error { return e.attachHook(sb, e.hooks()[0]) }},
-		{"attach egress", func() error { return e.attachHook(sb, e.hooks()[1]) }},
+		{"attach ingress", func() error { return e.hooking.attach(sb.ID, sb.Ifindex, e.hooks()[0]) }},
+		{"attach egress", func() error { return e.hooking.attach(sb.ID, sb.Ifindex, e.hooks()[1]) }},
 		{"read back", func() error { return e.verify(sb.ID, sb.Slot, sb.Ifindex) }},
 	}
 	for _, step := range steps {
@@ -165,6 +163,9 @@ func (e *Enforcer) takeSlot(s *slot, sb Sandbox) (err error) {
 	}
 	if err := e.maps["drops"].Put(sb.Slot, bpf.DatapathBhDrops{}); err != nil {
 		return fmt.Errorf("zero drop counters: %w", err)
+	}
+	if err := e.maps["echoes"].Put(sb.Slot, uint64(0)); err != nil {
+		return fmt.Errorf("zero echo bucket: %w", err)
 	}
 	e.shm.values[sb.Slot].Epoch++
 	e.shm.setID(sb.Slot, sb.ID)
@@ -238,74 +239,6 @@ func (e *Enforcer) unbind(n, ifindex uint32) error {
 	return nil
 }
 
-// attachHook makes sure that the hook's program runs first on the sandbox's
-// link and is pinned there.
-func (e *Enforcer) attachHook(sb Sandbox, h hook) error {
-	dir := e.linkDir(sb.ID)
-	pin := filepath.Join(dir, h.pin)
-	l, err := link.LoadPinnedLink(pin, nil)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return fmt.Errorf("open %s: %w", pin, err)
-	default:
-		if err := checkLink(l, h, sb.Ifindex); err == nil {
-			return l.Close()
-		}
-		// Left from a link that is gone, or detached by hand.
-		if err := dropLink(l); err != nil {
-			return err
-		}
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	l, err = link.AttachTCX(link.TCXOptions{Interface: sb.Ifindex, Program: h.prog, Attach: h.attach, Anchor: link.Head()})
-	if err != nil {
-		return fmt.Errorf("link %d: %w", sb.Ifindex, err)
-	}
-	if err := l.Pin(pin); err != nil {
-		l.Close()
-		return fmt.Errorf("pin: %w", err)
-	}
-	return l.Close()
-}
-
-// dropLink unpins and closes a link. That detaches it.
-func dropLink(l link.Link) error {
-	return errors.Join(l.Unpin(), l.Close())
-}
-
-// checkLink compares a link with what the hook should be.
-func checkLink(l link.Link, h hook, ifindex int) error {
-	info, err := l.Info()
-	if err != nil {
-		return err
-	}
-	tcx := info.TCX()
-	if tcx == nil || tcx.Ifindex != uint32(ifindex) || ebpf.AttachType(tcx.AttachType) != h.attach {
-		return fmt.Errorf("%w: %s is not attached to link %d", ErrNotEnforced, h.pin, ifindex)
-	}
-	want, err := programID(h.prog)
-	if err != nil {
-		return err
-	}
-	if info.Program != want {
-		return fmt.Errorf("%w: %s runs program %d, not %d", ErrNotEnforced, h.pin, info.Program, want)
-	}
-	first, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: h.attach})
-	if err != nil {
-		return fmt.Errorf("%w: query %s of link %d: %w", ErrNotEnforced, h.pin, ifindex, err)
-	}
-	if len(first.Programs) == 0 || first.Programs[0].ID != want {
-		return fmt.Errorf("%w: another program runs before ours at %s of link %d", ErrNotEnforced, h.pin, ifindex)
-	}
-	if id, ok := first.Programs[0].LinkID(); !ok || id != info.ID {
-		return fmt.Errorf("%w: %s of link %d is not held by our pin", ErrNotEnforced, h.pin, ifindex)
-	}
-	return nil
-}
-
 func programID(p *ebpf.Program) (ebpf.ProgramID, error) {
 	info, err := p.Info()
 	if err != nil {
@@ -352,13 +285,7 @@ func (e *Enforcer) verify(id string, n uint32, ifindex int) error {
 		return fmt.Errorf("%w: no policy", ErrNotEnforced)
 	}
 	for _, h := range e.hooks() {
-		l, err := link.LoadPinnedLink(filepath.Join(e.linkDir(id), h.pin), nil)
-		if err != nil {
-			return fmt.Errorf("%w: open pin %s: %w", ErrNotEnforced, h.pin, err)
-		}
-		err = checkLink(l, h, ifindex)
-		l.Close()
-		if err != nil {
+		if err := e.hooking.verify(id, ifindex, h); err != nil {
 			return err
 		}
 	}
@@ -414,15 +341,14 @@ func (e *Enforcer) detach(s *slot, id string, n uint32) error {
 			return err
 		}
 	}
-	if policy := e.shm.policy(n); policy != 0 {
-		e.shm.setPolicy(n, 0)
-		if err := e.tries.discard(policy); err != nil {
-			return err
-		}
-	}
-	if err := e.rules.release(s.rules); err != nil {
+	policy := e.shm.policy(n)
+	e.shm.setPolicy(n, 0, 0)
+	gone, err := e.rules.forget(s.rules)
+	if err != nil {
 		return err
 	}
+	e.disownLimits(n)
+	e.retire(s, policy, gone)
 	e.shm.setID(n, "")
 	s.id, s.rules, s.digest = "", nil, [32]byte{}
 	e.unclaim(id)
@@ -434,23 +360,7 @@ func (e *Enforcer) removeLinks(id string) error {
 	if id == "" || id != filepath.Base(id) || id == "." || id == ".." {
 		return fmt.Errorf("id %q", id)
 	}
-	dir := e.linkDir(id)
-	for _, h := range e.hooks() {
-		l, err := link.LoadPinnedLink(filepath.Join(dir, h.pin), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("open pin %s: %w", h.pin, err)
-		}
-		if err := dropLink(l); err != nil {
-			return fmt.Errorf("detach %s: %w", h.pin, err)
-		}
-	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return e.hooking.detach(id)
 }
 
 // Slots answers which sandbox has which slot.

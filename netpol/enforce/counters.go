@@ -29,7 +29,8 @@ type Drop struct {
 	Packets, Bytes uint64
 }
 
-// RuleCount counts the hits of one rule. Those of deny rules were dropped.
+// RuleCount counts the hits of one rule. Those of deny rules were dropped, or
+// passed for audit if their policy only watches.
 type RuleCount struct {
 	Tenant, Rule   string
 	Packets, Bytes uint64
@@ -80,7 +81,7 @@ func (e *Enforcer) drops(slot uint32) ([]Drop, error) {
 	}
 	var out []Drop
 	for i, c := range d.ByReason {
-		if c.Packets != 0 {
+		if c.Packets != 0 && reason(i) != allowed { // under that, what no rule let pass for audit
 			out = append(out, Drop{reasonName(reason(i)), c.Packets, c.Bytes})
 		}
 	}
@@ -89,7 +90,8 @@ func (e *Enforcer) drops(slot uint32) ([]Drop, error) {
 
 // RuleCounters reads the hits of every rule that the sandbox's policies have
 // had, sorted by tenant and name. Of its allow rules they sum up to the egress
-// totals, as long as no more than 256 rules have gone from its policy.
+// totals, as long as no more than 256 rules have gone from its policy and none
+// was in audit mode.
 func (e *Enforcer) RuleCounters(id string, slot uint32) ([]RuleCount, error) {
 	if err := e.use(); err != nil {
 		return nil, err

@@ -37,6 +37,11 @@ func crashPrograms() (out [3]netpol.Program) {
 		for n := range 5 {
 			p.Rules = append(p.Rules, netpol.RuleRef{ID: uint16(n + 1), Tenant: "acme", Name: fmt.Sprintf("p%d-r%d", i, n)})
 		}
+		p.Rules[0].Rate = 1e9
+		p.Rates = []netpol.ProgramRate{tenantRate(1e9), sandboxRate(uint64(i+1) * 1e9)}
+		if i > 0 { // the first is asked whether it lets something pass
+			p.Budgets = []netpol.ProgramBudget{tenantBudget(), sandboxBudget()}
+		}
 		out[i] = p
 	}
 	return out
@@ -57,7 +62,7 @@ func victim(dir, links string) error {
 			sb := sandbox(uint32(n+1), ifindex, programs[(i+n)%3])
 			err := e.Attach(context.Background(), sb)
 			if err == nil {
-				err = e.SetPolicy(sb.ID, sb.Slot, programs[(i+n+1)%3], 2)
+				err = e.SetPolicy(sb.ID, sb.Slot, programs[(i+n+1)%3], 2, nil)
 			}
 			if err == nil && (i+n)%2 == 0 {
 				err = e.Detach(sb.ID, sb.Slot)
@@ -114,9 +119,7 @@ func remains(t *testing.T, e *Enforcer) string {
 	t.Helper()
 	ids, err := e.List()
 	ok(t, err)
-	e.tries.mu.Lock()
-	tries := len(e.tries.free) + len(e.tries.spares)
-	e.tries.mu.Unlock()
+	tries := settle(t, e)
 	if n := int(2 * e.cfg.MaxSandboxes); len(ids) != 0 || tries != n {
 		return fmt.Sprintf("ids %v, %d of %d policies free", ids, tries, n)
 	}
@@ -125,6 +128,9 @@ func remains(t *testing.T, e *Enforcer) string {
 		if err := e.maps[name].NextKey(nil, &k); !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Sprintf("map %s is not empty: %d, %v", name, k, err)
 		}
+	}
+	if rates, budgets := e.limits.count(); rates != 0 || budgets > 1 { // a tenant's may stay
+		return fmt.Sprintf("%d rates and %d budgets are left", rates, budgets)
 	}
 	return ""
 }

@@ -46,6 +46,8 @@ func (e *Enforcer) setHardDeny(host []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
+	// What programs remember is true of the old set, and of half a change.
+	defer atomic.AddUint32(&e.state.values[0].DenyGen, 1)
 	// The filter covers the old set and the new one until only the new one is
 	// left: it may be too wide, never too narrow.
 	filter := filterOf(want)

@@ -3,19 +3,23 @@
 // Package enforce puts compiled policies into the kernel and reads back what
 // they did.
 //
-// It owns the programs of package bpf, their maps, and one pair of TCX links
-// for each sandbox, all pinned under PinDir. It never makes or removes network
-// devices, and it never decides what a policy means: netpol does.
+// It owns the programs of package bpf, their maps, and the two places on each
+// sandbox's link where they run, all pinned under PinDir. It never makes or
+// removes network devices, and it never decides what a policy means: netpol
+// does.
 //
-// Kernel 6.6 or later. What is pinned:
+// What is pinned:
 //
-//	<PinDir>/v1/maps/NAME              all maps
-//	<PinDir>/v1/progs/NAME             from_sandbox, to_sandbox, explain
-//	<PinDir>/v1/links/<id>/ingress     what the sandbox sends
-//	<PinDir>/v1/links/<id>/egress      what it gets
-//	<PinDir>/v1/meta                   layout version; pinned last
+//	<PinDir>/v2/maps/NAME              all maps
+//	<PinDir>/v2/progs/NAME             from_sandbox, to_sandbox, explain
+//	<PinDir>/v2/links/<id>/ingress     what the sandbox sends
+//	<PinDir>/v2/links/<id>/egress      what it gets
+//	<PinDir>/v2/meta                   layout version; pinned last
 //
-// v1 is the layout version. Everything in it survives the death of the agent:
+// The two pins of a sandbox are links, or, where the kernel has no TCX, the
+// programs of its filters, with _IFINDEX behind the name.
+//
+// v2 is the layout version. Everything in it survives the death of the agent:
 // verdicts and counters go on, and Open takes it up again, with the names of
 // the rules that the counters belong to. If the agent brings another program
 // for the same layout, Open swaps it into every link without a gap.
@@ -23,10 +27,12 @@
 // The order of every change is such that a crash leaves a sandbox denied or
 // enforced by its old or its new policy, never open: a slot's ifindex is the
 // last thing set and the first cleared, a policy is complete before a slot
-// points at it, a rule's counter is zero before a policy names it.
+// points at it, a rule's counter is zero before a policy names it, and nothing
+// that a program may still look at is used for something else.
 //
-// Lock order: Enforcer.life, then slot.mu, then one of Enforcer.ids,
-// triePool.mu and ruleTable.mu. Enforcer.hostMu is taken under life alone.
+// Lock order: Enforcer.life, then slot.mu, then policyPool.making, then one of
+// Enforcer.ids, policyPool.mu, ruleTable.mu, limitTable.mu and generations.mu.
+// Enforcer.hostMu is taken under life alone.
 package enforce
 
 import (
@@ -68,17 +74,19 @@ type Config struct {
 	HardDeny     []netip.Prefix // networks of the operator that no policy can open
 
 	policyEntries uint32 // entries a policy may have; 0 is the object's own. For tests
+	forceClsact   bool   // as on a kernel without TCX. For tests
 }
 
 // Enforcer is safe for use by many goroutines.
 type Enforcer struct {
 	cfg  Config
-	dir  string // PinDir/v1
+	dir  string // PinDir/v2
 	lock *os.File
 	spec *ebpf.CollectionSpec
 	maps map[string]*ebpf.Map
 
 	fromSandbox, toSandbox, explain *ebpf.Program
+	hooking                         hooking
 
 	life   sync.RWMutex // written by Close; read by all others for as long as they use maps
 	closed bool         // +checklocks:life
@@ -88,12 +96,16 @@ type Enforcer struct {
 	slots []slot            // by number; 0 is never used
 	shm   sharedSlots
 
-	tries triePool
-	rules ruleTable
+	pool        policyPool
+	rules       ruleTable
+	limits      limitTable
+	generations generations
+	ticker      ticker
 
 	hostMu    sync.Mutex
 	hostAddrs []netip.Prefix // +checklocks:hostMu; last set by SetHostAddrs
 	filter    shared[bpf.DatapathBhDenyFilter]
+	state     shared[bpf.DatapathBhState]
 }
 
 // slot is what the enforcer knows about one sandbox beside what the kernel
@@ -103,6 +115,12 @@ type slot struct {
 	id     string             // +checklocks:mu; "" if the slot is free
 	rules  map[ruleKey]uint32 // +checklocks:mu; counter of every rule that the sandbox has had
 	digest [32]byte           // +checklocks:mu; of the program in force, if policy is set
+
+	// What translates the rule ids of the program in force. byID is nil if an
+	// earlier process made it the policy and nobody has named it since.
+	byID    []uint32  // +checklocks:mu; counter by rule id
+	limits  limitIDs  // +checklocks:mu
+	learned *ebpf.Map // +checklocks:mu; table of learned addresses of the policy; nil if there is no policy
 }
 
 // Open loads the datapath or takes up what an earlier process left. It mounts
@@ -118,9 +136,6 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 	if !filepath.IsAbs(cfg.PinDir) {
 		return nil, fmt.Errorf("open %q: pin directory is not an absolute path", cfg.PinDir)
 	}
-	if err := probe(); err != nil {
-		return nil, err
-	}
 	spec, err := bpf.LoadDatapath()
 	if err != nil {
 		return nil, fmt.Errorf("read datapath object: %w", err)
@@ -134,13 +149,16 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 		}
 	}()
 
+	if e.hooking, err = e.newHooking(); err != nil {
+		return nil, err
+	}
 	if err := mountBPF(cfg.PinDir); err != nil {
 		return nil, err
 	}
 	if e.lock, err = lockDir(cfg.PinDir); err != nil {
 		return nil, err
 	}
-	trieSpec, pageSpec := e.size()
+	e.size()
 	if err := e.openPins(); err != nil {
 		return nil, err
 	}
@@ -150,15 +168,19 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 	if e.filter, err = mapShared[bpf.DatapathBhDenyFilter](e.maps["deny_filter"], 1); err != nil {
 		return nil, err
 	}
-	e.tries = triePool{spec: trieSpec, policies: e.maps["policies"], info: e.maps["policy_info"]}
-	e.rules = ruleTable{spec: pageSpec, pages: e.maps["rule_counters"], names: e.maps["rule_names"]}
+	if e.state, err = mapShared[bpf.DatapathBhState](e.maps["state"], 1); err != nil {
+		return nil, err
+	}
+	e.pool.policies, e.pool.learned, e.pool.info = e.maps["policies"], e.maps["learned"], e.maps["policy_info"]
+	e.pool.reaped = e.reuse
+	e.rules.pages, e.rules.names = e.maps["rule_counters"], e.maps["rule_names"]
 	if err := e.recover(); err != nil {
 		return nil, fmt.Errorf("recover %s: %w", e.dir, err)
 	}
 	if err := e.setHardDeny(e.hostAddrs); err != nil {
 		return nil, err
 	}
-	if err := e.tries.prefill(); err != nil {
+	if err := e.ticker.start(&e.state); err != nil {
 		return nil, err
 	}
 	return e, nil
@@ -166,24 +188,31 @@ func Open(cfg Config) (_ *Enforcer, err error) {
 
 // size sets the sizes of maps that depend on the configuration, and takes
 // out the maps that are only patterns for others.
-func (e *Enforcer) size() (trie, page *ebpf.MapSpec) {
+func (e *Enforcer) size() {
 	n := e.cfg.MaxSandboxes
 	m := e.spec.Maps
 	m["links"].MaxEntries = n
-	m["slots"].MaxEntries = n + 1
-	m["counters"].MaxEntries = n + 1
-	m["drops"].MaxEntries = n + 1
-	// One in force and one being loaded for each, and index 0.
-	m["policies"].MaxEntries = 2*n + 1
-	m["policy_info"].MaxEntries = 2*n + 1
-	m["rule_names"].MaxEntries = max(n*rulesPerSandbox, rulesPerPage)
-	trie, page = m["policy_template"].Copy(), m["rule_page_template"].Copy()
-	delete(m, "policy_template")
-	delete(m, "rule_page_template")
-	if e.cfg.policyEntries != 0 {
-		trie.MaxEntries = e.cfg.policyEntries
+	for _, name := range []string{"slots", "counters", "drops", "echoes"} {
+		m[name].MaxEntries = n + 1
 	}
-	return trie, page
+	// One in force and one being loaded for each, and index 0.
+	for _, name := range []string{"policies", "policy_info", "learned", "heads"} {
+		m[name].MaxEntries = 2*n + 1
+	}
+	m["rates"].MaxEntries = 4*n + 1
+	m["budgets"].MaxEntries = 2*n + 1
+	m["leases"].MaxEntries = 2*n + 1
+	m["rule_names"].MaxEntries = max(n*rulesPerSandbox, rulesPerPage)
+	take := func(name string) *ebpf.MapSpec {
+		spec := m[name].Copy()
+		delete(m, name)
+		return spec
+	}
+	e.pool.trieSpec, e.pool.learnedSpec = take("policy_template"), take("learned_template")
+	e.rules.spec = take("rule_page_template")
+	if e.cfg.policyEntries != 0 {
+		e.pool.trieSpec.MaxEntries = e.cfg.policyEntries
+	}
 }
 
 // recover reads from the maps what an earlier process knew.
@@ -211,6 +240,9 @@ func (e *Enforcer) recover() error {
 				return fmt.Errorf("read policy %d: %w", policy, err)
 			}
 			s.digest = info.Digest
+			if s.learned, err = e.pool.learnedOf(policy); err != nil {
+				return err
+			}
 		}
 	}
 	// What is left belongs to sandboxes that were being detached.
@@ -219,8 +251,19 @@ func (e *Enforcer) recover() error {
 			return err
 		}
 	}
-	e.tries.init(2*e.cfg.MaxSandboxes, inUse)
-	return e.readHostAddrs()
+	if err := e.loadLimits(); err != nil {
+		return err
+	}
+	if err := e.readHostAddrs(); err != nil {
+		return err
+	}
+	return e.pool.init(2*e.cfg.MaxSandboxes, inUse)
+}
+
+// reuse lets what only a retired policy has used be used again.
+func (e *Enforcer) reuse(r retired) {
+	e.rules.recycle(r.counters)
+	e.releaseLimits(r.limits)
 }
 
 // Close gives up the maps and programs of this process. Everything that is
@@ -237,7 +280,14 @@ func (e *Enforcer) Close() error {
 
 func (e *Enforcer) release() error {
 	var errs []error
-	errs = append(errs, e.shm.close(), e.filter.close(), e.tries.close(), e.rules.close())
+	e.ticker.close()
+	errs = append(errs, e.pool.close(), e.rules.close(), e.closeLimits())
+	errs = append(errs, e.shm.close(), e.filter.close(), e.state.close())
+	for n := range e.slots {
+		if m := e.slots[n].learned; m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
 	for _, m := range e.maps {
 		errs = append(errs, m.Close())
 	}

@@ -19,6 +19,7 @@ type Explanation struct {
 	Rule, Tenant string // the rule that decided and who set it; "" if none did
 	Detail       string // Reason in words
 	PolicyRev    uint64 // of the policy in force; 0 if a check before it decided
+	Audit        string // the reason that it would be dropped for if the policy did not only watch; "" otherwise
 }
 
 // Offsets in struct __sk_buff, and our use of its cb: BH_CB_* in abi.h.
@@ -29,10 +30,13 @@ const (
 	cbReason  = skbCB + 4
 	cbRule    = skbCB + 8
 	cbPolicy  = skbCB + 12
+	cbAudit   = skbCB + 16
 	cbNoRule  = 0xffffffff
 	tcxNext   = 0xffffffff // -1
 	ipv4Bytes = 20
 	ipv6Bytes = 40
+	icmp6     = 58
+	echo6     = 128 // the type of an echo request of ICMPv6
 )
 
 // hostMAC is where frames of sandboxes go.
@@ -40,7 +44,8 @@ var hostMAC = [6]byte{0x02, 0x62, 0x69, 0, 0, 1}
 
 // Explain asks the kernel what it would do with the first packet of a flow. It
 // runs the code that decides about packets on the maps in force and counts
-// nothing. ErrNotFound if no sandbox has the slot.
+// nothing. Limits are asked, too: Reason is rate or budget if one would stop that
+// packet now. ErrNotFound if no sandbox has the slot.
 func (e *Enforcer) Explain(slot uint32, f netpol.Flow) (Explanation, error) {
 	if err := e.use(); err != nil {
 		return Explanation{}, err
@@ -69,15 +74,14 @@ func (e *Enforcer) Explain(slot uint32, f netpol.Flow) (Explanation, error) {
 		return Explanation{}, fmt.Errorf("explain slot %d: %w", slot, err)
 	}
 	out := Explanation{Allowed: v.reason == allowed, Reason: reasonName(v.reason), Detail: reasonDetail(v.reason)}
+	if v.audit != allowed {
+		out.Audit = reasonName(v.audit)
+	}
 	if v.rule != cbNoRule {
-		for k, index := range s.rules {
-			if index == v.rule {
-				out.Tenant, out.Rule = k.tenant, k.name
-			}
-		}
+		out.Tenant, out.Rule = s.ruleOf(v.rule)
 	}
 	if v.policy != 0 {
-		info, err := e.tries.infoOf(v.policy)
+		info, err := e.pool.infoOf(v.policy)
 		if err != nil {
 			return Explanation{}, fmt.Errorf("explain slot %d: %w", slot, err)
 		}
@@ -88,8 +92,8 @@ func (e *Enforcer) Explain(slot uint32, f netpol.Flow) (Explanation, error) {
 
 // verdict is what the explain program answers.
 type verdict struct {
-	reason       reason
-	rule, policy uint32
+	reason, audit reason
+	rule, policy  uint32
 }
 
 // ask runs the explain program on a frame of the slot.
@@ -104,6 +108,7 @@ func (e *Enforcer) ask(slot uint32, frame []byte) (verdict, error) {
 		reason: reason(binary.NativeEndian.Uint32(out[cbReason:])),
 		rule:   binary.NativeEndian.Uint32(out[cbRule:]),
 		policy: binary.NativeEndian.Uint32(out[cbPolicy:]),
+		audit:  reason(binary.NativeEndian.Uint32(out[cbAudit:])),
 	}
 	if (ret == tcxNext) != (v.reason == allowed) {
 		return verdict{}, fmt.Errorf("program answers %d with reason %d", int32(ret), v.reason)
@@ -119,6 +124,15 @@ func synthesize(s *bpf.DatapathBhSlot, f netpol.Flow) []byte {
 		l4 = make([]byte, 20)
 		l4[12] = 5 << 4 // words of header
 		l4[13] = 2      // SYN
+	case netpol.ICMP, icmp6:
+		l4 = make([]byte, 8)
+		l4[0] = byte(f.Port)
+		if f.Proto == netpol.ICMP && f.Dst.Is6() {
+			f.Proto = icmp6
+			if f.Port == netpol.EchoPort {
+				l4[0] = echo6
+			}
+		}
 	default:
 		l4 = make([]byte, 8)
 		binary.BigEndian.PutUint16(l4[4:], 8)

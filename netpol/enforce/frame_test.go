@@ -19,6 +19,7 @@ type frame struct {
 	ether    uint16
 	proto    byte
 	port     uint16
+	sport    uint16
 	udp      bool
 	ihl      byte   // words
 	options  []byte // after the fixed IPv4 header
@@ -57,6 +58,9 @@ func (f frame) bytes() []byte {
 	if f.port == 0 {
 		f.port = 443
 	}
+	if f.sport == 0 {
+		f.sport = 50000
+	}
 	if f.flags == 0 {
 		f.flags = 2
 	}
@@ -76,12 +80,12 @@ func (f frame) bytes() []byte {
 	case f.udp:
 		proto = 17
 		l4 = make([]byte, 8+f.payload)
-		binary.BigEndian.PutUint16(l4, 50000)
+		binary.BigEndian.PutUint16(l4, f.sport)
 		binary.BigEndian.PutUint16(l4[2:], f.port)
 		binary.BigEndian.PutUint16(l4[4:], uint16(len(l4)+f.udpBy))
 	default:
 		l4 = make([]byte, 20+f.tcpOpts+f.payload)
-		binary.BigEndian.PutUint16(l4, 50000)
+		binary.BigEndian.PutUint16(l4, f.sport)
 		binary.BigEndian.PutUint16(l4[2:], f.port)
 		l4[12], l4[13] = f.doff<<4, f.flags
 	}
@@ -132,6 +136,17 @@ func (f frame) bytes() []byte {
 	b = binary.BigEndian.AppendUint16(b, ether)
 	b = append(append(b, ip...), l4...)
 	return append(b, make([]byte, f.trailer)...)
+}
+
+// echo is an echo request of n bytes of IP to dst.
+func echo(dst netip.Addr, n int) frame {
+	f := frame{dst: dst, proto: 1, l4: make([]byte, n-20)}
+	f.l4[0] = 8
+	if dst.Is6() {
+		f.proto, f.l4 = 58, make([]byte, n-40)
+		f.l4[0] = 128
+	}
+	return f
 }
 
 // toSandbox turns a frame around: what the peer answers.

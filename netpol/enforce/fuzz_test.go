@@ -7,8 +7,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"slices"
+	"strconv"
 	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/bulkheadhq/bulkhead/netpol"
 )
@@ -43,8 +48,6 @@ func refFlow(b []byte) (f netpol.Flow, hdrs int, why string) {
 			return f, 0, "bad_length"
 		case binary.BigEndian.Uint16(l3[6:])&^0x4000 != 0:
 			return f, 0, "fragment"
-		case l3[9] == 1:
-			return f, 0, "icmp"
 		}
 		src, f.Dst = netip.AddrFrom4([4]byte(l3[12:])), netip.AddrFrom4([4]byte(l3[16:]))
 		f.Proto, hdrs, l4 = netpol.Proto(l3[9]), 20, l3[20:]
@@ -87,6 +90,22 @@ func refFlow(b []byte) (f netpol.Flow, hdrs int, why string) {
 			return f, 0, "bad_length"
 		}
 		hdrs += 8
+	case 1, 58:
+		why := "icmp"
+		if f.Proto == 58 {
+			why = "icmp6"
+		}
+		switch v4 := f.Dst.Is4(); {
+		case v4 != (f.Proto == 1):
+			return f, 0, "protocol"
+		case len(l4) == 0:
+			return f, 0, "short"
+		case len(l4) == 1 || v4 && l4[0] != 8 || !v4 && l4[0] != 128 || l4[1] != 0:
+			return f, 0, why
+		case len(l4) < 8:
+			return f, 0, "bad_length"
+		}
+		return netpol.Flow{Proto: netpol.ICMP, Dst: f.Dst, Port: netpol.EchoPort}, hdrs + 8, ""
 	default:
 		return f, 0, "protocol"
 	}
@@ -105,6 +124,8 @@ func refIPv6Other(next byte, l4 []byte) string {
 			return "short"
 		case l4[0] >= 130 && l4[0] <= 137 || l4[0] == 143:
 			return "neighbour"
+		case l4[0] == 128:
+			return ""
 		}
 		return "icmp6"
 	case 0:
@@ -135,72 +156,204 @@ func refDeny(list []netpol.HardDeny, a netip.Addr) (why string) {
 type differ struct {
 	e       *Enforcer
 	program netpol.Program
-	deny    []netpol.HardDeny
+	names   map[netip.Addr][]string // that were learned at an address
+	inbound map[flowEnds]bool       // connections from outside to published ports
+	last    flowEnds                // of them
+	denied  []netpol.HardDeny       // always
+	host    netip.Prefix            // and this
 	total   Counters
+	hits    map[ruleKey]uint64 // packets
+	seen    map[string]int     // verdicts
 }
+
+// flowEnds is a connection as the sandbox sees it.
+type flowEnds struct {
+	proto         netpol.Proto
+	local, remote uint16
+	peer          netip.Addr
+}
+
+var someHosts = []netip.Prefix{netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.0.0.1/32"), netip.MustParsePrefix("2001:db8::1/128")}
 
 func newDiffer(t testing.TB) *differ {
 	cfg := testConfig(t)
 	cfg.HardDeny = []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}
-	d := &differ{e: open(t, cfg)}
+	d := &differ{e: open(t, cfg), hits: map[ruleKey]uint64{}, seen: map[string]int{}, inbound: map[flowEnds]bool{}}
 	place(t, d.e, sandbox(testSlot, 1, netpol.Program{}))
-	host := netip.MustParsePrefix("10.1.2.3/32")
-	ok(t, d.e.SetHostAddrs([]netip.Prefix{host}))
 	for _, h := range netpol.HardDenied() {
 		if h.Prefix.Addr().Is4() || !mapped.Contains(h.Prefix.Addr()) || h.Prefix.IsSingleIP() {
-			d.deny = append(d.deny, h)
+			d.denied = append(d.denied, h)
 		}
 	}
-	d.deny = append(d.deny,
+	d.denied = append(d.denied,
 		netpol.HardDeny{Prefix: mapped, Reason: "v4_mapped"},
 		netpol.HardDeny{Prefix: cfg.HardDeny[0], Reason: "host_network"},
-		netpol.HardDeny{Prefix: host, Reason: "host"},
 		netpol.HardDeny{Prefix: pool4, Reason: "sandbox"},
 		netpol.HardDeny{Prefix: pool6, Reason: "sandbox"})
+	d.setHost(t, someHosts[0])
 	return d
 }
 
-// policy swaps in a random policy.
+// setHost changes the address of the node.
+func (d *differ) setHost(t testing.TB, p netip.Prefix) {
+	t.Helper()
+	ok(t, d.e.SetHostAddrs([]netip.Prefix{p}))
+	d.host = p
+}
+
+// policy swaps in a random policy, with what random names have resolved to.
 func (d *differ) policy(t testing.TB, r *rand.Rand) {
 	t.Helper()
-	p, err := netpol.Compile(randomLayers(r))
-	if err != nil {
-		t.Fatal(err)
+	d.setHost(t, pick(r, someHosts))
+	var p netpol.Program
+	for {
+		var err error
+		if p, err = netpol.Compile(randomLayers(r)); err == nil {
+			break
+		}
 	}
-	d.program = p
-	ok(t, d.e.SetPolicy(testID, testSlot, p, 1))
+	if r.IntN(3) == 0 {
+		var err error
+		p, err = netpol.WithPublished(p, "t0", []netpol.PortRange{{Lo: 80, Hi: 80, Proto: netpol.TCP}, {Lo: 53, Hi: 53, Proto: netpol.UDP}})
+		ok(t, err)
+	}
+	d.program, d.names = p, map[netip.Addr][]string{}
+	var learned []netpol.Learned
+	for _, s := range someAddrs {
+		a := netip.MustParseAddr(s)
+		if a.Is4In6() || r.IntN(2) == 0 {
+			continue
+		}
+		var lists [][]netpol.PortRule
+		var names []string
+		for range 1 + r.IntN(2) {
+			name := pick(r, someNames)
+			names, lists = append(names, name), append(lists, p.Learn(name, a))
+		}
+		steps, err := netpol.MergeSteps(lists...)
+		if err != nil || len(steps) == 0 {
+			continue
+		}
+		d.names[a] = names
+		learned = append(learned, netpol.Learned{Addr: a, Steps: steps})
+	}
+	ok(t, d.e.SetPolicy(testID, testSlot, p, 1, learned))
+}
+
+// connect lets the outside begin a connection, or try to.
+func (d *differ) connect(t testing.TB, r *rand.Rand) {
+	t.Helper()
+	src := netip.MustParseAddr(pick(r, someAddrs))
+	f := frame{src: src, dst: addr4(testSlot), sport: pick(r, somePorts), port: pick(r, []uint16{53, 80, 443}), udp: r.IntN(2) == 0}
+	proto, began := netpol.TCP, true
+	if src.Is6() {
+		f.dst = addr6(testSlot)
+	}
+	if f.udp {
+		proto = netpol.UDP
+	} else if r.IntN(2) == 0 {
+		f.flags, began = 0x12, false // SYN, ACK: an answer
+	}
+	in := make([]byte, skbSize)
+	if r.IntN(2) == 0 {
+		binary.NativeEndian.PutUint32(in[skbMark:], 0x62690000)
+		began = true
+	} else if f.udp {
+		began = false
+	}
+	ret, err := d.e.toSandbox.Run(&ebpf.RunOptions{Data: f.toSandbox(), Context: in})
+	if err != nil || int32(ret) != next || !began {
+		return
+	}
+	for _, p := range d.program.Published {
+		if p.Port == f.port && p.Proto == proto {
+			d.last = flowEnds{proto, f.port, f.sport, src}
+			d.inbound[d.last] = true
+		}
+	}
+}
+
+// want is what the reference says about a frame.
+func (d *differ) want(data []byte) (v netpol.Verdict, flow netpol.Flow, hdrs int) {
+	flow, hdrs, why := refFlow(data)
+	if why == "" {
+		why = refDeny(append(d.denied[:len(d.denied):len(d.denied)], netpol.HardDeny{Prefix: d.host, Reason: "host"}), flow.Dst)
+	}
+	if why != "" {
+		return netpol.Verdict{Reason: why, Rule: -1}, flow, hdrs
+	}
+	v = d.program.Evaluate(flow, d.names[flow.Dst]...)
+	if v.Rule < 0 && flow.Proto != netpol.ICMP {
+		sport := binary.BigEndian.Uint16(data[14+20+20*btoi(flow.Dst.Is6()):])
+		for _, p := range d.program.Published {
+			if p.Port == sport && p.Proto == flow.Proto && d.inbound[flowEnds{p.Proto, sport, flow.Port, flow.Dst}] {
+				v = netpol.Verdict{Allowed: true, Reason: netpol.ReasonAllowed, Rule: int(p.Rule)}
+				d.seen["answer"]++
+			}
+		}
+	}
+	if names := d.names[flow.Dst]; len(names) > 0 && v.Allowed && d.program.Evaluate(flow).Rule != v.Rule {
+		d.seen["by name"]++
+	}
+	if v.Allowed && flow.Proto == netpol.ICMP && len(data)-14 > 576 {
+		v.Allowed, v.Reason = false, "echo_size"
+	}
+	return v, flow, hdrs
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // check judges a frame both ways. It answers what the reference says.
 func (d *differ) check(t testing.TB, data []byte, gso uint32) string {
 	t.Helper()
-	flow, hdrs, want := refFlow(data)
-	if want == "" {
-		want = refDeny(d.deny, flow.Dst)
+	want, flow, hdrs := d.want(data)
+	if flow.Proto == netpol.ICMP {
+		ok(t, d.e.maps["echoes"].Put(uint32(testSlot), uint64(0))) // how many a second is no matter here
+		if want.Allowed && gso != 0 {
+			return "refused" // bytes of all segments, which no reference counts
+		}
 	}
-	if want == "" {
-		want = d.program.Evaluate(flow).Reason
-	}
-	got, err := tryRun(d.e.fromSandbox, data, gso)
+	v, err := d.e.ask(testSlot, data)
 	if err != nil {
 		return "refused" // by the kernel, before the program
 	}
-	v, err := d.e.ask(testSlot, data)
+	got, err := tryRun(d.e.fromSandbox, data, gso)
 	ok(t, err)
-	if reasonName(v.reason) != want || (got.ret == next) != (want == "allow") || got.ret != next && got.ret != drop {
-		t.Fatalf("program answers %d, explain %s, want %s: gso %d, flow %+v\n% x", got.ret, reasonName(v.reason), want, gso, flow, data)
+	rule, audit := uint32(cbNoRule), ""
+	if want.Rule >= 0 {
+		rule = d.e.slots[testSlot].byID[want.Rule]
 	}
-	if want == "allow" {
-		l3, segments := uint64(len(data)-14), uint64(1)
-		if payload := len(data) - 14 - hdrs; gso != 0 && payload > 0 {
-			segments = uint64((payload + int(gso) - 1) / int(gso))
-			l3 = uint64(payload) + segments*uint64(hdrs)
-		}
+	if v.audit != allowed {
+		audit = reasonName(v.audit)
+	}
+	if reasonName(v.reason) != want.Reason || v.rule != rule || audit != want.Audit && want.Allowed ||
+		(got.ret == next) != want.Allowed || got.ret != next && got.ret != drop {
+		t.Fatalf("program answers %d, explain %s, rule %d, audit %q, want %+v (rule %d): gso %d, flow %+v of %v\n% x",
+			got.ret, reasonName(v.reason), v.rule, audit, want, rule, gso, flow, d.names[flow.Dst], data)
+	}
+	l3, segments := uint64(len(data)-14), uint64(1)
+	if payload := len(data) - 14 - hdrs; gso != 0 && payload > 0 {
+		segments = uint64((payload + int(gso) - 1) / int(gso))
+		l3 = uint64(payload) + segments*uint64(hdrs)
+	}
+	if want.Allowed {
 		d.total.EgressPackets += segments
 		d.total.EgressBytes += l3
 		d.total.EgressWireBytes += l3 + 14*segments
 	}
-	return want
+	if want.Rule >= 0 && (want.Allowed || want.Reason == "rule_deny") {
+		ref := d.program.Rules[want.Rule]
+		d.hits[ruleKey{ref.Tenant, ref.Name}] += segments
+	}
+	if want.Audit != "" {
+		return "audit " + want.Audit
+	}
+	return want.Reason
 }
 
 // checkTotals compares what was counted with what the reference added up.
@@ -209,6 +362,13 @@ func (d *differ) checkTotals(t testing.TB) {
 	got := counters(t, d.e, testSlot)
 	if got.EgressPackets != d.total.EgressPackets || got.EgressBytes != d.total.EgressBytes || got.EgressWireBytes != d.total.EgressWireBytes {
 		t.Errorf("counted %+v, want %+v", got, d.total)
+	}
+	rules, err := d.e.RuleCounters(testID, testSlot)
+	ok(t, err)
+	for _, r := range rules {
+		if want := d.hits[ruleKey{r.Tenant, r.Rule}]; r.Packets != want {
+			t.Errorf("rule %s of %s: %d hits, want %d", r.Rule, r.Tenant, r.Packets, want)
+		}
 	}
 }
 
@@ -224,36 +384,63 @@ var (
 		"::/0", "2001:db8::/32", "2001:db8:0:1::/64", "2001:db8::1/128", "2001::/16",
 	}
 	somePorts = []uint16{1, 22, 53, 80, 443, 8000, 8080, 65535}
+	someNames = []string{"a.test", "b.test", "x.a.test", "y.x.a.test", "other.org"}
+	patterns  = []string{"a.test", "b.test", "*.a.test", "**.a.test", "**.test", "other.org"}
 )
 
 func pick[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
 
+func randomPorts(r *rand.Rand) (out []netpol.PortRange) {
+	for range 1 + r.IntN(3) {
+		a, b := pick(r, somePorts), pick(r, somePorts)
+		out = append(out, netpol.PortRange{Lo: min(a, b), Hi: max(a, b), Proto: pick(r, []netpol.Proto{netpol.TCP, netpol.UDP})})
+	}
+	if r.IntN(4) == 0 {
+		out = append(out, netpol.PortRange{Lo: netpol.EchoPort, Hi: netpol.EchoPort, Proto: netpol.ICMP})
+	}
+	return out
+}
+
+func randomTargets(r *rand.Rand, n int) (out []netpol.Target) {
+	for range n {
+		if r.IntN(3) == 0 {
+			out = append(out, netpol.Target{FQDN: pick(r, patterns), AllowPrivate: r.IntN(2) == 0})
+			continue
+		}
+		to := netpol.Target{CIDR: netip.MustParsePrefix(pick(r, somePrefixes))}
+		for _, s := range somePrefixes {
+			p := netip.MustParsePrefix(s)
+			if r.IntN(8) == 0 && to.CIDR.Overlaps(p) && p.Bits() > to.CIDR.Bits() {
+				to.Except = append(to.Except, p)
+			}
+		}
+		out = append(out, to)
+	}
+	return out
+}
+
+// randomLayers may not compile: a rule may lie outside a guardrail.
 func randomLayers(r *rand.Rand) []netpol.Layer {
 	layers := make([]netpol.Layer, 1+r.IntN(3))
+	watching := r.IntN(3) == 0
 	for i := range layers {
 		l := &layers[i]
 		l.Tenant = fmt.Sprintf("t%d", i)
 		l.Policy.Name = "p"
 		for n := range r.IntN(6) {
-			rule := netpol.Rule{Name: fmt.Sprintf("r%d", n), Action: netpol.Allow}
+			rule := netpol.Rule{Name: fmt.Sprintf("r%d", n), Action: netpol.Allow, To: randomTargets(r, 1+r.IntN(3)), Ports: randomPorts(r)}
 			if r.IntN(4) == 0 {
 				rule.Action = netpol.Deny
 			}
-			for range 1 + r.IntN(3) {
-				to := netpol.Target{CIDR: netip.MustParsePrefix(pick(r, somePrefixes))}
-				for _, s := range somePrefixes {
-					p := netip.MustParsePrefix(s)
-					if r.IntN(8) == 0 && to.CIDR.Overlaps(p) && p.Bits() > to.CIDR.Bits() {
-						to.Except = append(to.Except, p)
-					}
-				}
-				rule.To = append(rule.To, to)
-			}
-			for range 1 + r.IntN(3) {
-				a, b := pick(r, somePorts), pick(r, somePorts)
-				rule.Ports = append(rule.Ports, netpol.PortRange{Lo: min(a, b), Hi: max(a, b), Proto: pick(r, []netpol.Proto{netpol.TCP, netpol.UDP})})
-			}
 			l.Policy.Rules = append(l.Policy.Rules, rule)
+		}
+		if watching && (i == len(layers)-1 || r.IntN(2) == 0) {
+			l.Policy.Mode = netpol.ModeAudit
+		}
+		if r.IntN(4) == 0 {
+			l.Policy.Guardrail = &netpol.Guardrail{Bounds: []netpol.Bound{{
+				To: append(randomTargets(r, 2), netpol.Target{CIDR: netip.MustParsePrefix("10.0.0.0/8")}), Ports: randomPorts(r),
+			}}}
 		}
 	}
 	return layers
@@ -264,7 +451,7 @@ func randomLayers(r *rand.Rand) []netpol.Layer {
 func randomFrame(r *rand.Rand) ([]byte, uint32) {
 	f := frame{
 		dst: netip.MustParseAddr(pick(r, someAddrs)), udp: r.IntN(2) == 0,
-		port: pick(r, somePorts) + uint16(r.IntN(3)) - 1, payload: r.IntN(64),
+		port: pick(r, somePorts) + uint16(r.IntN(3)) - 1, payload: r.IntN(64), sport: pick(r, somePorts),
 	}
 	if !f.udp {
 		f.tcpOpts = 4 * r.IntN(6)
@@ -291,7 +478,7 @@ func randomFrame(r *rand.Rand) ([]byte, uint32) {
 	case 7:
 		f.tags = []uint16{pick(r, []uint16{0x8100, 0x88a8, 0x9100})}
 	case 8:
-		f.l4, f.proto = make([]byte, r.IntN(64)), byte(r.Uint32())
+		f.l4, f.proto = make([]byte, r.IntN(64)), pick(r, []byte{1, 1, 58, byte(r.Uint32())})
 		if len(f.l4) > 0 {
 			f.l4[0] = byte(r.Uint32())
 		}
@@ -299,6 +486,8 @@ func randomFrame(r *rand.Rand) ([]byte, uint32) {
 		f.trailer = r.IntN(8)
 	case 10, 11:
 		f.payload, gso = r.IntN(3000), 1+r.Uint32N(1500)
+	case 12, 13:
+		f = echo(f.dst, pick(r, []int{48, 60, 576, 577, 1400}))
 	}
 	data := f.bytes()
 	switch r.IntN(16) {
@@ -312,24 +501,54 @@ func randomFrame(r *rand.Rand) ([]byte, uint32) {
 	return data, gso
 }
 
+// fuzzCases is how many frames TestProgramAgainstReference judges; the
+// environment may say more.
+const fuzzCases = 30000
+
 // TestProgramAgainstReference runs random frames against random policies.
+// BULKHEAD_FUZZ_CASES says how many.
 func TestProgramAgainstReference(t *testing.T) {
-	const policies, frames = 50, 400
+	const frames = 1000 // under one policy
+	cases, base := fuzzCases, uint64(0)
+	if s := os.Getenv("BULKHEAD_FUZZ_CASES"); s != "" {
+		var err error
+		if cases, err = strconv.Atoi(s); err != nil {
+			t.Fatalf("BULKHEAD_FUZZ_CASES: %v", err)
+		}
+		base = uint64(time.Now().UnixNano())
+	}
 	d := newDiffer(t)
-	seen := map[string]int{}
-	for seed := range uint64(policies) {
+	start := time.Now()
+	for n := range uint64(max(cases/frames, 1)) {
+		seed := base + n
 		r := rand.New(rand.NewPCG(seed, 1))
 		d.policy(t, r)
-		for range frames {
+		for i := range frames {
+			switch {
+			case i%50 == 10:
+				d.connect(t, r)
+			case i%250 == 100:
+				d.setHost(t, pick(r, someHosts))
+			}
 			data, gso := randomFrame(r)
-			seen[d.check(t, data, gso)]++
+			if i%40 == 20 && d.last.peer.IsValid() {
+				f := frame{dst: d.last.peer, sport: d.last.local, port: d.last.remote, udp: d.last.proto == netpol.UDP}
+				data, gso = f.bytes(), 0
+			}
+			d.seen[d.check(t, data, gso)]++
+		}
+		if t.Failed() {
+			t.Fatalf("seed %d", seed)
+		}
+		if n%64 == 0 {
+			d.checkTotals(t)
 		}
 	}
 	d.checkTotals(t)
-	t.Logf("%d frames: %v", policies*frames, seen)
-	for _, reason := range []string{"allow", "rule_deny", "no_rule", "bad_length", "fragment", "host", "sandbox", "metadata"} {
-		if seen[reason] < 20 {
-			t.Errorf("only %d frames with %s", seen[reason], reason)
+	t.Logf("%d frames, %.0f a second: %v", cases, float64(cases)/time.Since(start).Seconds(), d.seen)
+	for _, reason := range []string{"allow", "rule_deny", "no_rule", "bad_length", "fragment", "host", "sandbox", "metadata", "echo_size", "icmp", "audit no_rule", "audit rule_deny", "by name", "answer"} {
+		if d.seen[reason] < 20 {
+			t.Errorf("only %d frames with %s", d.seen[reason], reason)
 		}
 	}
 }

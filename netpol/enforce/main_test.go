@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -143,7 +144,7 @@ func place(t testing.TB, e *Enforcer, sb Sandbox) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, err := range []error{
-		e.check(sb), e.takeSlot(s, sb), e.setPolicy(s, sb.Slot, sb.Program, sb.PolicyRev), e.bind(sb),
+		e.check(sb), e.takeSlot(s, sb), e.setPolicy(s, sb.Slot, sb.Program, sb.PolicyRev, sb.Learned), e.bind(sb),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -170,6 +171,43 @@ const (
 	allowAll6 = "- {name: all6, action: allow, to: [{cidr: '::/0'}], ports: [1-65535/tcp, 1-65535/udp]}\n"
 	allowAll  = allowAll4 + allowAll6
 )
+
+// settle waits until nothing is retired and enough spares are ready, and answers
+// how many policies could be made.
+func settle(t testing.TB, e *Enforcer) (n int) {
+	t.Helper()
+	eventually(t, func() string {
+		e.pool.making.Lock()
+		defer e.pool.making.Unlock()
+		if e.pool.wanting() {
+			return "policies are still being made"
+		}
+		e.pool.mu.Lock()
+		defer e.pool.mu.Unlock()
+		n = len(e.pool.free) + len(e.pool.spares)
+		return ""
+	})
+	return n
+}
+
+// pinCPU keeps the test on one CPU until the answer is called.
+func pinCPU(t testing.TB) (free func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	var was, one unix.CPUSet
+	ok(t, unix.SchedGetaffinity(0, &was))
+	for cpu := range 1024 {
+		if was.IsSet(cpu) {
+			one.Set(cpu)
+			break
+		}
+	}
+	ok(t, unix.SchedSetaffinity(0, &one))
+	return func() {
+		_ = unix.SchedSetaffinity(0, &was)
+		runtime.UnlockOSThread()
+	}
+}
 
 // drops answers packets by reason.
 func drops(t testing.TB, e *Enforcer, slot uint32) map[string]uint64 {

@@ -165,7 +165,7 @@ func TestPolicyOnTheWire(t *testing.T) {
 	}
 
 	// Revoked: the next packet of the live flow does not pass, nor any other.
-	ok(t, e.SetPolicy(testID, testSlot, netpol.Program{}, 2))
+	ok(t, e.SetPolicy(testID, testSlot, netpol.Program{}, 2, nil))
 	was := counters(t, e, testSlot)
 	if err := ping(); err == nil {
 		t.Error("the flow lives on after its rule has gone")
@@ -179,7 +179,7 @@ func TestPolicyOnTheWire(t *testing.T) {
 	}
 
 	// Allowed again: TCP repeats itself and the same flow goes on.
-	ok(t, e.SetPolicy(testID, testSlot, only5000, 3))
+	ok(t, e.SetPolicy(testID, testSlot, only5000, 3, nil))
 	c.SetDeadline(time.Now().Add(5 * time.Second))
 	if _, err := io.ReadFull(c, make([]byte, 4)); err != nil {
 		t.Errorf("the flow did not go on: %v", err)
@@ -334,7 +334,7 @@ func TestReopenAfterCrash(t *testing.T) {
 	if got := rule(); got.Bytes <= secondRule.Bytes {
 		t.Errorf("rule counter did not go on: %+v, then %+v", secondRule, got)
 	}
-	ok(t, e.SetPolicy(testID, testSlot, compile(t, "- {name: zero, action: deny, to: [{cidr: 10.0.0.0/8}]}\n"+rules), 7))
+	ok(t, e.SetPolicy(testID, testSlot, compile(t, "- {name: zero, action: deny, to: [{cidr: 10.0.0.0/8}]}\n"+rules), 7, nil))
 	ping()
 	got, err := e.RuleCounters(testID, testSlot)
 	ok(t, err)

@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkheadhq/bulkhead/bpf"
@@ -20,8 +19,8 @@ import (
 
 // layoutDir and layoutVersion are those of bpf/include/abi.h.
 const (
-	layoutVersion = 1
-	layoutDir     = "v1"
+	layoutVersion = 2
+	layoutDir     = "v2"
 )
 
 const (
@@ -146,6 +145,8 @@ func (e *Enforcer) create() error {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
+	e.generations.meta = e.maps["meta"]
+	e.generations.resume(1)
 	if err := e.loadPrograms(); err != nil {
 		return err
 	}
@@ -193,6 +194,8 @@ func (e *Enforcer) reopen() error {
 			return fmt.Errorf("%w: map %s: %w", ErrLayout, name, err)
 		}
 	}
+	e.generations.meta = e.maps["meta"]
+	e.generations.resume(meta.NextGen)
 	if meta.Program == bpf.Digest() {
 		return e.openPrograms()
 	}
@@ -226,7 +229,7 @@ func (e *Enforcer) upgrade() error {
 	}
 	for _, id := range ids {
 		for _, h := range e.hooks() {
-			if err := updateLink(filepath.Join(e.linkDir(id), h.pin), h.prog); err != nil {
+			if err := e.hooking.upgrade(id, h); err != nil {
 				return fmt.Errorf("upgrade %s of %s: %w", h.pin, id, err)
 			}
 		}
@@ -240,23 +243,6 @@ func (e *Enforcer) upgrade() error {
 		}
 	}
 	return e.writeMeta(bpf.Digest())
-}
-
-// updateLink swaps the program of a pinned link. A pin that is not there or
-// whose device is gone has nothing to update.
-func updateLink(pin string, p *ebpf.Program) error {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if err := l.Update(p); err != nil && !errors.Is(err, unix.ENOLINK) {
-		return err
-	}
-	return nil
 }
 
 // loadPrograms loads the programs of this version onto the open maps.
@@ -277,7 +263,9 @@ func (e *Enforcer) programs() map[string]*ebpf.Program {
 }
 
 func (e *Enforcer) writeMeta(digest [sha256.Size]byte) error {
-	meta := bpf.DatapathBhMeta{Layout: layoutVersion, MaxSandboxes: e.cfg.MaxSandboxes, Program: digest}
+	meta := bpf.DatapathBhMeta{
+		Layout: layoutVersion, MaxSandboxes: e.cfg.MaxSandboxes, Program: digest, NextGen: e.generations.reserved(),
+	}
 	if err := e.maps["meta"].Put(uint32(0), meta); err != nil {
 		return fmt.Errorf("write meta: %w", err)
 	}
@@ -295,26 +283,4 @@ func (e *Enforcer) pinned() ([]string, error) {
 		ids = append(ids, d.Name())
 	}
 	return ids, nil
-}
-
-// probe says in one line what the kernel or this process lacks.
-func probe() error {
-	var uts unix.Utsname
-	if err := unix.Uname(&uts); err != nil {
-		return fmt.Errorf("uname: %w", err)
-	}
-	release := unix.ByteSliceToString(uts.Release[:])
-	// Asking a device for its TCX programs needs TCX and changes nothing.
-	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w: this process may not use BPF: run it as root or with CAP_BPF and CAP_NET_ADMIN", ErrUnsupported)
-	case errors.Is(err, unix.ENOSYS):
-		return fmt.Errorf("%w: %s was built without BPF: boot one with CONFIG_BPF_SYSCALL=y", ErrUnsupported, release)
-	case errors.Is(err, unix.EINVAL), errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("%w: %s has no TCX: boot kernel 6.6 or later with CONFIG_NET_XGRESS=y (CONFIG_NET_CLS_ACT=y)", ErrUnsupported, release)
-	}
-	return fmt.Errorf("%w: query TCX on %s: %w", ErrUnsupported, release, err)
 }

@@ -3,6 +3,7 @@
 package enforce
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -15,13 +16,18 @@ import (
 // policy no longer has.
 const keptRules = 256
 
-// SetPolicy replaces the policy of a sandbox by one store. When it returns, no
-// packet is judged by the old policy any more: live flows are cut at their
-// next packet. On error the old policy stays in force.
+// SetPolicy replaces the policy of a sandbox by one store. When it returns,
+// every packet that comes after is judged by the new policy: live flows are cut
+// at their next packet. On error the old policy stays in force. learned is what
+// the new program lets the names that the sandbox has resolved open; it is
+// ignored if the program is already in force.
+//
+// It waits for nothing but system calls. A packet that is being judged while it
+// returns may still be judged by the old policy.
 //
 // A rule keeps its counter if the new program has one of the same tenant and
 // name, and RuleCounters goes on reporting rules that are gone.
-func (e *Enforcer) SetPolicy(id string, slot uint32, p netpol.Program, rev uint64) error {
+func (e *Enforcer) SetPolicy(id string, slot uint32, p netpol.Program, rev uint64, learned []netpol.Learned) error {
 	if err := e.use(); err != nil {
 		return err
 	}
@@ -31,7 +37,7 @@ func (e *Enforcer) SetPolicy(id string, slot uint32, p netpol.Program, rev uint6
 		return fmt.Errorf("set policy of %s: %w", id, err)
 	}
 	defer s.mu.Unlock()
-	if err := e.setPolicy(s, slot, p, rev); err != nil {
+	if err := e.setPolicy(s, slot, p, rev, learned); err != nil {
 		return fmt.Errorf("set policy of %s: %w", id, err)
 	}
 	return nil
@@ -54,34 +60,82 @@ func (e *Enforcer) lockSlot(id string, n uint32) (*slot, error) {
 // setPolicy makes p the policy of the slot, unless it already is.
 //
 // +checklocks:s.mu
-func (e *Enforcer) setPolicy(s *slot, n uint32, p netpol.Program, rev uint64) error {
+func (e *Enforcer) setPolicy(s *slot, n uint32, p netpol.Program, rev uint64, learned []netpol.Learned) error {
 	old := e.shm.policy(n)
 	if old != 0 && p.Digest != [32]byte{} && p.Digest == s.digest {
-		info, err := e.tries.infoOf(old)
-		if err != nil {
-			return err
-		}
-		info.Rev = rev
-		return e.tries.setInfo(old, info)
+		return e.keepPolicy(s, n, p, rev)
 	}
-
 	rules, added, err := e.countersFor(s, n, p)
 	if err != nil {
 		return err
 	}
-	t, err := e.makePolicy(n, p, rev, rules)
+	limits, err := e.limitsFor(s, n, p)
 	if err != nil {
 		return errors.Join(err, e.rules.release(added))
 	}
-	e.shm.setPolicy(n, t)
-	s.digest = p.Digest
-	maps.Copy(s.rules, added)
-	// From here on p is in force, whatever becomes of the rest: what cannot be
-	// given back now is found unused by the next Open.
-	if old != 0 {
-		_ = errors.Join(e.tries.discard(old), e.trimRules(s, rules))
+	made, err := e.makePolicy(s, n, p, rev, learned, rules, limits)
+	if err != nil {
+		e.releaseLimits(limits)
+		return errors.Join(err, e.rules.release(added))
 	}
+	generation, err := e.generations.take()
+	if err != nil {
+		e.releaseLimits(limits)
+		return errors.Join(err, e.pool.putBack(made), e.rules.release(added))
+	}
+	e.shm.setPolicy(n, generation, made.index)
+	maps.Copy(s.rules, added)
+	// From here on p is in force. What cannot be forgotten now is found again
+	// by the next Open.
+	gone, _ := e.trimRules(s, rules)
+	e.retire(s, old, gone)
+	s.digest, s.byID, s.limits, s.learned = p.Digest, rules, limits, made.learned
+	_ = made.trie.Close()
 	return nil
+}
+
+// keepPolicy takes up that p, which is in force already, has a new revision. If
+// an earlier process put it in force, its rule ids are known from here on.
+//
+// +checklocks:s.mu
+func (e *Enforcer) keepPolicy(s *slot, n uint32, p netpol.Program, rev uint64) error {
+	index := e.shm.policy(n)
+	info, err := e.pool.infoOf(index)
+	if err != nil {
+		return err
+	}
+	if s.byID == nil {
+		rules, added, err := e.countersFor(s, n, p)
+		if err != nil {
+			return err
+		}
+		limits, err := e.limitsFor(s, n, p)
+		if err != nil {
+			return errors.Join(err, e.rules.release(added))
+		}
+		e.releaseLimits(s.limits)
+		maps.Copy(s.rules, added)
+		s.byID, s.limits = rules, limits
+	}
+	info.Rev = rev
+	return e.pool.setInfo(index, info)
+}
+
+// retire gives up the policy that the slot had until now, and counters that
+// nobody names any more.
+//
+// +checklocks:s.mu
+func (e *Enforcer) retire(s *slot, policy uint32, counters []uint32) {
+	if s.learned != nil {
+		_ = s.learned.Close()
+	}
+	if policy != 0 {
+		e.pool.retire(retired{index: policy, counters: counters, limits: s.limits})
+	} else {
+		e.rules.recycle(counters) // without a policy no program has counted there
+		e.releaseLimits(s.limits)
+	}
+	s.byID, s.limits, s.learned = nil, limitIDs{}, nil
 }
 
 // countersFor answers the counter of every rule of p, by rule id, and those
@@ -108,61 +162,162 @@ func (e *Enforcer) countersFor(s *slot, n uint32, p netpol.Program) (byID []uint
 	return byID, added, nil
 }
 
-// makePolicy writes p into an unused trie and answers its index.
-func (e *Enforcer) makePolicy(n uint32, p netpol.Program, rev uint64, rules []uint32) (uint32, error) {
-	keys := make([]bpf.DatapathBhLpmKey, len(p.Entries))
-	values := make([]bpf.DatapathBhPolicyEntry, len(p.Entries))
-	for i, entry := range p.Entries {
-		var err error
-		if keys[i], err = lpmKey(entry.Prefix); err != nil {
-			return 0, err
-		}
-		if err = policyEntry(&values[i], entry, rules); err != nil {
-			return 0, fmt.Errorf("entry %s: %w", entry.Prefix, err)
-		}
-	}
-	t, err := e.tries.take()
+// makePolicy writes p under an unused index.
+//
+// +checklocks:s.mu
+func (e *Enforcer) makePolicy(s *slot, n uint32, p netpol.Program, rev uint64, learned []netpol.Learned, rules []uint32, limits limitIDs) (_ spare, err error) {
+	t, err := trieOf(p, rules, limits)
 	if err != nil {
-		return 0, err
+		return spare{}, err
 	}
-	info := bpf.DatapathBhPolicyInfo{Rev: rev, Slot: n, Entries: uint32(len(keys)), Digest: p.Digest}
-	err = e.tries.fill(t, keys, values, info)
-	t.m.Close()
+	head, err := policyHead(p, rules, limits)
 	if err != nil {
-		return 0, errors.Join(err, e.tries.discard(t.index))
+		return spare{}, err
 	}
-	return t.index, nil
+	made, err := e.pool.take()
+	if err != nil {
+		return spare{}, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.pool.putBack(made))
+		}
+	}()
+	if err := e.maps["heads"].Put(made.index, head); err != nil {
+		return spare{}, fmt.Errorf("write limits and published ports: %w", err)
+	}
+	if err := e.writeLearned(made.learned, s, learned, rules, limits); err != nil {
+		return spare{}, err
+	}
+	info := bpf.DatapathBhPolicyInfo{Rev: rev, Slot: n, Entries: uint32(len(p.Entries)), Digest: p.Digest}
+	return made, e.pool.fill(made, t.keys, t.values, info)
 }
 
-func policyEntry(v *bpf.DatapathBhPolicyEntry, entry netpol.Entry, rules []uint32) error {
-	if len(entry.Ports) > len(v.Rules) {
-		return fmt.Errorf("%d port rules, at most %d", len(entry.Ports), len(v.Rules))
+// policyHead is what holds for all packets that p allows.
+func policyHead(p netpol.Program, rules []uint32, limits limitIDs) (head bpf.DatapathBhHead, err error) {
+	if len(limits.rates) > len(head.Rates) || len(limits.budgets) > len(head.Budgets) {
+		return head, fmt.Errorf("%d rates and %d budgets, at most %d of each", len(limits.rates), len(limits.budgets), len(head.Rates))
 	}
-	v.Count = uint32(len(entry.Ports))
+	if len(p.Published) > len(head.Ports) {
+		return head, fmt.Errorf("%d published ports, at most %d", len(p.Published), len(head.Ports))
+	}
+	copy(head.Rates[:], limits.rates)
+	copy(head.Budgets[:], limits.budgets)
+	head.Limited = uint32(limits.limited())
+	head.Published = uint32(len(p.Published))
+	for i, port := range p.Published {
+		if int(port.Rule) >= len(rules) {
+			return head, fmt.Errorf("published port %d names rule %d of %d", port.Port, port.Rule, len(rules))
+		}
+		head.Ports[i] = bpf.DatapathBhPublished{Port: port.Port, Proto: uint8(port.Proto), Rule: rules[port.Rule]}
+	}
+	return head, nil
+}
+
+// Values of abi.h.
+const (
+	familyMore   = 1 << 31 // BH_FAMILY_MORE
+	maxPortRules = 32      // BH_MAX_PORT_RULES
+)
+
+// policyTrie is what a policy's trie holds.
+type policyTrie struct {
+	keys   []bpf.DatapathBhLpmKey
+	values []bpf.DatapathBhPolicyEntry
+	more   map[string]uint32 // which steps, as text, have which number
+}
+
+// trieOf makes the trie of a program.
+func trieOf(p netpol.Program, rules []uint32, limits limitIDs) (*policyTrie, error) {
+	t := &policyTrie{
+		keys:   make([]bpf.DatapathBhLpmKey, 0, len(p.Entries)),
+		values: make([]bpf.DatapathBhPolicyEntry, 0, len(p.Entries)),
+		more:   map[string]uint32{},
+	}
+	for _, entry := range p.Entries {
+		if err := t.add(entry, rules, limits); err != nil {
+			return nil, fmt.Errorf("entry %s: %w", entry.Prefix, err)
+		}
+	}
+	return t, nil
+}
+
+func (t *policyTrie) add(entry netpol.Entry, rules []uint32, limits limitIDs) error {
+	k, err := lpmKey(entry.Prefix)
+	if err != nil {
+		return err
+	}
+	if len(entry.Ports) > maxPortRules {
+		return fmt.Errorf("%d port rules, at most %d", len(entry.Ports), maxPortRules)
+	}
+	steps := make([]bpf.DatapathBhPortRule, len(entry.Ports))
 	for i, r := range entry.Ports {
-		if int(r.Rule) >= len(rules) {
-			return fmt.Errorf("port rule %d names rule %d of %d", i, r.Rule, len(rules))
-		}
-		pr := &v.Rules[i]
-		pr.Lo, pr.Hi, pr.Proto, pr.Rule = r.Lo, r.Hi, uint8(r.Proto), rules[r.Rule]
-		if r.Deny {
-			pr.Deny = 1
+		if steps[i], err = portRule(r, rules, limits); err != nil {
+			return fmt.Errorf("port rule %d: %w", i, err)
 		}
 	}
+	v := bpf.DatapathBhPolicyEntry{Count: uint32(len(steps))}
+	if rest := steps[copy(v.Rules[:], steps):]; len(rest) > 0 {
+		v.More = t.addMore(rest)
+	}
+	t.keys, t.values = append(t.keys, k), append(t.values, v)
 	return nil
 }
 
+// addMore adds the steps that do not fit into an entry, and answers their
+// number.
+func (t *policyTrie) addMore(rest []bpf.DatapathBhPortRule) uint32 {
+	text := fmt.Sprint(rest)
+	if id, ok := t.more[text]; ok {
+		return id
+	}
+	id := uint32(len(t.more) + 1)
+	t.more[text] = id
+	for n := uint32(1); len(rest) > 0; n++ {
+		k := bpf.DatapathBhLpmKey{Prefixlen: familyBits + 128, Family: familyMore}
+		binary.NativeEndian.PutUint32(k.Addr[:], id)
+		binary.NativeEndian.PutUint32(k.Addr[4:], n)
+		var v bpf.DatapathBhPolicyEntry
+		rest = rest[copy(v.Rules[:], rest):]
+		t.keys, t.values = append(t.keys, k), append(t.values, v)
+	}
+	return id
+}
+
+// portRule is one step as the programs read it. rules are the counters and
+// limits the buckets by rule id.
+func portRule(r netpol.PortRule, rules []uint32, limits limitIDs) (bpf.DatapathBhPortRule, error) {
+	out := bpf.DatapathBhPortRule{Lo: r.Lo, Hi: r.Hi, Proto: uint8(r.Proto), Limited: limits.limited(), Rule: cbNoRule}
+	switch {
+	case r.Audit && r.Deny:
+		out.Step = uint8(bpf.DatapathBhStepBH_STEP_AUDIT_DENY)
+	case r.Audit:
+		out.Step = uint8(bpf.DatapathBhStepBH_STEP_AUDIT)
+		return out, nil
+	case r.Deny:
+		out.Step = uint8(bpf.DatapathBhStepBH_STEP_DENY)
+	}
+	if int(r.Rule) >= len(rules) {
+		return out, fmt.Errorf("names rule %d of %d", r.Rule, len(rules))
+	}
+	out.Rule = rules[r.Rule]
+	if int(r.Rule) < len(limits.byRule) {
+		out.Rate = limits.byRule[r.Rule]
+	}
+	return out, nil
+}
+
 // trimRules forgets the rules that the policy no longer has once there are
-// too many of them. No program may still use an older policy.
+// too many of them, and answers their counters.
 //
 // +checklocks:s.mu
-func (e *Enforcer) trimRules(s *slot, current []uint32) error {
+func (e *Enforcer) trimRules(s *slot, current []uint32) ([]uint32, error) {
 	inForce := map[uint32]bool{}
 	for _, index := range current {
 		inForce[index] = true
 	}
 	if len(s.rules)-len(inForce) <= keptRules {
-		return nil
+		return nil, nil
 	}
 	gone := map[ruleKey]uint32{}
 	for k, index := range s.rules {
@@ -171,5 +326,5 @@ func (e *Enforcer) trimRules(s *slot, current []uint32) error {
 			delete(s.rules, k)
 		}
 	}
-	return e.rules.release(gone)
+	return e.rules.forget(gone)
 }

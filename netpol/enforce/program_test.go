@@ -61,8 +61,8 @@ func TestFromSandboxVerdicts(t *testing.T) {
 	frag := ext{44, []byte{0, 0, 0, 0, 0, 0, 1}}
 	listener := make([]byte, 20)
 	listener[0] = 143
-	echo6, solicit := make([]byte, 8), make([]byte, 24)
-	echo6[0], solicit[0] = 128, 135
+	echo4, echo6, solicit := make([]byte, 8), make([]byte, 8), make([]byte, 24)
+	echo4[0], echo6[0], solicit[0] = 8, 128, 135
 
 	for _, c := range []struct {
 		name string
@@ -125,8 +125,15 @@ func TestFromSandboxVerdicts(t *testing.T) {
 		{"udp too short", frame{dst: dst4, udp: true, udpBy: -1, payload: 9}, "bad_length"},
 		{"udp length 0", frame{dst: dst6, udp: true, udpBy: -8}, "bad_length"},
 
-		{"ping", frame{dst: dst4, proto: 1, l4: make([]byte, 8)}, "icmp"},
-		{"ping 6", frame{dst: dst6, proto: 58, l4: echo6}, "icmp6"},
+		{"ping", frame{dst: dst4, proto: 1, l4: echo4}, "no_rule"},
+		{"ping 6", frame{dst: dst6, proto: 58, l4: echo6}, "no_rule"},
+		{"ping of metadata", frame{dst: netip.MustParseAddr("169.254.169.254"), proto: 1, l4: echo4}, "metadata"},
+		{"ping from elsewhere", frame{dst: dst4, src: addr4(2), proto: 1, l4: echo4}, "spoof_ip"},
+		{"half a ping", frame{dst: dst4, proto: 1, l4: echo4[:7]}, "bad_length"},
+		{"half a ping 6", frame{dst: dst6, proto: 58, l4: echo6[:7]}, "bad_length"},
+		{"one byte of icmp", frame{dst: dst4, proto: 1, l4: echo4[:1]}, "icmp"},
+		{"echo reply", frame{dst: dst4, proto: 1, l4: make([]byte, 8)}, "icmp"},
+		{"no icmp", frame{dst: dst4, proto: 1, l4: []byte{}}, "short"},
 		{"neighbour solicitation", frame{dst: netip.MustParseAddr("ff02::1:ff00:1"), proto: 58, l4: solicit}, "neighbour"},
 		{"listener report", frame{dst: netip.MustParseAddr("ff02::16"), proto: 58, l4: listener, ext: []ext{hop}}, "neighbour"},
 		{"icmp in 6", frame{dst: dst6, proto: 1, l4: make([]byte, 8)}, "protocol"},
@@ -376,11 +383,11 @@ func TestNothingSetUp(t *testing.T) {
 
 	place(t, e, sandbox(testSlot, 1, netpol.Program{}))
 	expect(t, e, "empty program", frame{}.bytes(), "no_rule")
-	e.shm.setPolicy(testSlot, 0)
+	e.shm.setPolicy(testSlot, 0, 0)
 	expect(t, e, "no policy", frame{}.bytes(), "no_policy")
-	e.shm.setPolicy(testSlot, 99)
+	e.shm.setPolicy(testSlot, 1, 99)
 	expect(t, e, "policy that is not there", frame{}.bytes(), "no_policy")
-	e.shm.setPolicy(testSlot, 0)
+	e.shm.setPolicy(testSlot, 0, 0)
 	e.shm.setIfindex(testSlot, 0)
 	if got := run(t, e.fromSandbox, frame{}.bytes(), 0); got.ret != drop {
 		t.Errorf("closed slot: got %d", got.ret)

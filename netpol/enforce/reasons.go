@@ -36,9 +36,9 @@ var reasons = [reasonCount]struct{ name, detail string }{
 	bpf.DatapathBhReasonBH_IP_OPTIONS:   {"ip_options", "IPv4 options never pass"},
 	bpf.DatapathBhReasonBH_FRAGMENT:     {"fragment", "fragments never pass"},
 	bpf.DatapathBhReasonBH_EXT_HEADER:   {"ext_header", "IPv6 extension headers never pass"},
-	bpf.DatapathBhReasonBH_PROTOCOL:     {"protocol", "only TCP and UDP can be allowed"},
-	bpf.DatapathBhReasonBH_ICMP:         {"icmp", "ICMP never passes"},
-	bpf.DatapathBhReasonBH_ICMP6:        {"icmp6", "ICMPv6 never passes"},
+	bpf.DatapathBhReasonBH_PROTOCOL:     {"protocol", "only TCP, UDP and ICMP echo can be allowed"},
+	bpf.DatapathBhReasonBH_ICMP:         {"icmp", "no ICMP but echo requests can be allowed"},
+	bpf.DatapathBhReasonBH_ICMP6:        {"icmp6", "no ICMPv6 but echo requests can be allowed"},
 	bpf.DatapathBhReasonBH_NEIGHBOUR:    {"neighbour", "neighbours are static; neighbour and listener discovery never passes"},
 
 	bpf.DatapathBhReasonBH_SPOOF_MAC: {"spoof_mac", "the source MAC is not the sandbox's"},
@@ -59,6 +59,11 @@ var reasons = [reasonCount]struct{ name, detail string }{
 	bpf.DatapathBhReasonBH_NO_POLICY:       {"no_policy", "the sandbox has no policy yet"},
 	bpf.DatapathBhReasonBH_NO_RULE_MATCHED: {"no_rule", "no rule allows it"},
 	bpf.DatapathBhReasonBH_RULE_DENY:       {"rule_deny", "a deny rule matches"},
+
+	bpf.DatapathBhReasonBH_RATE:      {"rate", "a rate limit of the rule, the sandbox or a tenant is reached"},
+	bpf.DatapathBhReasonBH_BUDGET:    {"budget", "a budget of the sandbox or a tenant is spent"},
+	bpf.DatapathBhReasonBH_ECHO_SIZE: {"echo_size", "an ICMP echo of more than 576 bytes never passes"},
+	bpf.DatapathBhReasonBH_ECHO_RATE: {"echo_rate", "more than 10 ICMP echoes a second"},
 
 	bpf.DatapathBhReasonBH_IN_MALFORMED:   {"in_malformed", "towards the sandbox: headers cannot be read"},
 	bpf.DatapathBhReasonBH_IN_NOT_IP:      {"in_not_ip", "towards the sandbox: neither IPv4 nor IPv6"},

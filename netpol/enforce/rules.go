@@ -129,19 +129,34 @@ func (t *ruleTable) alloc() (uint32, error) {
 	return t.next - 1, nil
 }
 
-// release gives counters back. No program may still count there.
-func (t *ruleTable) release(rules map[ruleKey]uint32) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+// forget takes the names off counters, which nobody has any more then. They are
+// not given out again before recycle.
+func (t *ruleTable) forget(rules map[ruleKey]uint32) ([]uint32, error) {
+	var gone []uint32
 	var errs []error
 	for k, index := range rules {
 		if err := t.names.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			errs = append(errs, fmt.Errorf("forget rule %s of %s: %w", k.name, k.tenant, err))
 			continue
 		}
-		t.free = append(t.free, index)
+		gone = append(gone, index)
 	}
-	return errors.Join(errs...)
+	return gone, errors.Join(errs...)
+}
+
+// recycle lets forgotten counters be given out again. No program may still
+// count there.
+func (t *ruleTable) recycle(gone []uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.free = append(t.free, gone...)
+}
+
+// release gives back counters that no policy in force has named.
+func (t *ruleTable) release(rules map[ruleKey]uint32) error {
+	gone, err := t.forget(rules)
+	t.recycle(gone)
+	return err
 }
 
 // count reads a counter.

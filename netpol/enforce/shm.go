@@ -64,9 +64,13 @@ func (s *sharedSlots) setIfindex(n, ifindex uint32) {
 	atomic.StoreUint32(&s.values[n].Ifindex, ifindex)
 }
 
-func (s *sharedSlots) policy(n uint32) uint32 { return atomic.LoadUint32(&s.values[n].Policy) }
+// policy is the index of the policy in force; 0 if there is none.
+func (s *sharedSlots) policy(n uint32) uint32 {
+	return uint32(atomic.LoadUint64(&s.values[n].Policy))
+}
 
-// setPolicy swaps the policy of the slot by one store.
-func (s *sharedSlots) setPolicy(n, policy uint32) {
-	atomic.StoreUint32(&s.values[n].Policy, policy)
+// setPolicy swaps the policy of the slot by one store. The generation must be
+// one that was never used.
+func (s *sharedSlots) setPolicy(n, generation, policy uint32) {
+	atomic.StoreUint64(&s.values[n].Policy, uint64(generation)<<32|uint64(policy))
 }
