@@ -40,6 +40,17 @@ func (l links) Down(id string) error {
 	return err
 }
 
+func (l links) Publish(id string, ports []sandbox.Port) error {
+	out := make([]link.Port, len(ports))
+	for i, p := range ports {
+		out[i] = link.Port{Host: p.Host, Sandbox: p.Sandbox, Proto: uint8(p.Proto)}
+	}
+	return l.Manager.Publish(id, out)
+}
+
+// Connections implements api.Links.
+func (l links) Connections(id string) (refused uint64, err error) { return l.Capped(id) }
+
 // egress makes an enforce.Enforcer serve the supervisor and the API.
 type egress struct{ *enforce.Enforcer }
 
@@ -51,7 +62,7 @@ func (e egress) Attach(ctx context.Context, x supervisor.Enforcement) error {
 	return e.Enforcer.Attach(ctx, enforce.Sandbox{
 		ID: x.ID, Slot: x.Plan.Slot, Ifindex: x.Ifindex, MAC: mac,
 		Addrs:   []netip.Addr{x.Plan.Addr4, x.Plan.Addr6},
-		Program: x.Program, PolicyRev: x.Rev,
+		Program: x.Program, PolicyRev: x.Rev, Learned: x.Learned,
 	})
 }
 
@@ -97,6 +108,7 @@ func (e egress) Explain(slot uint32, f netpol.Flow) (*nodev1.ExplainResponse, er
 	}
 	return &nodev1.ExplainResponse{
 		Allowed: x.Allowed, Reason: x.Reason, Rule: x.Rule, Tenant: x.Tenant, Detail: x.Detail, PolicyRev: x.PolicyRev,
+		Audit: x.Audit,
 	}, nil
 }
 

@@ -31,8 +31,11 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkheadhq/bulkhead/agent/admit"
 	"github.com/bulkheadhq/bulkhead/agent/api"
+	"github.com/bulkheadhq/bulkhead/agent/budget"
 	"github.com/bulkheadhq/bulkhead/agent/config"
+	eventlog "github.com/bulkheadhq/bulkhead/agent/egress"
 	"github.com/bulkheadhq/bulkhead/agent/place"
 	"github.com/bulkheadhq/bulkhead/agent/report"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
@@ -40,6 +43,7 @@ import (
 	"github.com/bulkheadhq/bulkhead/agent/store"
 	"github.com/bulkheadhq/bulkhead/agent/supervisor"
 	"github.com/bulkheadhq/bulkhead/cgroups"
+	"github.com/bulkheadhq/bulkhead/netpol/dns"
 	"github.com/bulkheadhq/bulkhead/netpol/enforce"
 	"github.com/bulkheadhq/bulkhead/netpol/link"
 	"github.com/bulkheadhq/bulkhead/runtime/containerd"
@@ -70,10 +74,15 @@ type node struct {
 	tree    *cgroups.Tree
 	links   *link.Manager
 	egress  *enforce.Enforcer
+	budgets *budget.Keeper
+	names   *dns.Server // nil if there is no resolver to ask
+	flows   *eventlog.Hub
 	spool   *spool.Spool
 	runtime *containerd.Runtime
 	report  *report.Reporter
 	sup     *supervisor.Supervisor
+
+	upstreams []string // that names are asked of
 
 	reloading sync.Mutex // one reading of the tenants at a time, so that the last one read is the last in force
 }
@@ -103,6 +112,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 			n.sup.Warn("host addresses", warning)
 		})
 	})
+	n.runNetwork(ctx, group)
 	if n.report != nil {
 		group.Go(func() error { return n.report.Run(ctx) })
 	}
@@ -160,6 +170,7 @@ func (n *node) open() (err error) {
 	n.links, err = link.Open(link.Config{
 		Pool4: c.Network.Pool4, Pool6: c.Network.Pool6, NetnsDir: filepath.Join(c.RunDir, "netns"),
 		Table: c.Network.NFTable, LinkPrefix: c.Network.LinkPrefix,
+		MaxConnections: c.Network.MaxConnections,
 	})
 	if err != nil {
 		return err
@@ -176,6 +187,9 @@ func (n *node) open() (err error) {
 		return err
 	}
 	if err := n.egress.SetHostAddrs(addrs); err != nil {
+		return err
+	}
+	if err := n.openNetwork(); err != nil {
 		return err
 	}
 	if n.spool, err = spool.Open(spool.Config{Dir: filepath.Join(c.StateDir, "spool"), LimitBytes: c.Usage.SpoolLimit.Bytes, NodeID: n.nodeID}); err != nil {
@@ -235,7 +249,7 @@ func loggerPath(configured string) string {
 func (n *node) etcFiles() (resolv, hosts string, err error) {
 	resolv, hosts = filepath.Join(n.cfg.StateDir, "etc", "resolv.conf"), filepath.Join(n.cfg.StateDir, "etc", "hosts")
 	for file, text := range map[string]string{
-		resolv: "# This sandbox has no resolver: its policy names addresses.\noptions attempts:1 timeout:1\n",
+		resolv: n.resolvConf(),
 		hosts:  "127.0.0.1 localhost\n::1 localhost ip6-localhost\n",
 	} {
 		// Running sandboxes have the file bound: it is not written without need.
@@ -259,6 +273,10 @@ func (n *node) newSupervisor() (*supervisor.Supervisor, error) {
 	if reserveCPU >= n.cpus || reserveMemory >= n.memory {
 		return nil, fmt.Errorf("node.reserve_cpus and node.reserve_memory leave nothing for sandboxes: this node has %d thousandths of a core and %d bytes", n.cpus, n.memory)
 	}
+	var resolves supervisor.Names
+	if n.names != nil {
+		resolves = names{n.names}
+	}
 	return supervisor.New(supervisor.Config{
 		Log: n.opts.Log,
 		Place: place.Node{
@@ -271,12 +289,13 @@ func (n *node) newSupervisor() (*supervisor.Supervisor, error) {
 			CPUMillis:   int64(float64(n.cpus-reserveCPU) * c.Node.CPUOvercommit),
 			MemoryBytes: n.memory - reserveMemory, Sandboxes: int64(c.Sandbox.Max),
 		},
-		MaxSlot: c.Sandbox.Max, KeepStopped: c.Sandbox.KeepStopped, LogMaxBytes: c.Sandbox.LogMaxSize.Bytes, LogFiles: c.Sandbox.LogFiles,
+		PublishPorts: admit.Ports{Lo: c.Network.PublishPorts.Lo, Hi: c.Network.PublishPorts.Hi},
+		MaxSlot:      c.Sandbox.Max, KeepStopped: c.Sandbox.KeepStopped, LogMaxBytes: c.Sandbox.LogMaxSize.Bytes, LogFiles: c.Sandbox.LogFiles,
 		ResolvConf: resolv, Hosts: hosts, Partial: c.Cgroups.AllowPartial, NotEnforced: n.tree.NotEnforced(),
 		Interval: c.Usage.Interval.Duration, VerifyEvery: c.Egress.VerifyEvery.Duration, Grace: c.Sandbox.StopGrace.Duration,
 		BootID: n.bootID, Source: "node/" + n.nodeID + "/boot/" + n.bootID,
 		SpoolFull: n.spoolFull, Tenants: n.tenants,
-		Store: n.store, Links: links{n.links}, Egress: egress{n.egress}, Cgroups: tree{n.tree}, Runtime: n.runtime, Spool: n.spool,
+		Store: n.store, Links: links{n.links}, Names: resolves, Budgets: n.budgets, Egress: egress{n.egress}, Cgroups: tree{n.tree}, Runtime: n.runtime, Spool: n.spool,
 		RemoveLog:    func(id string) error { return os.RemoveAll(n.logDir(id)) },
 		BootTime:     bootTime,
 		Fault:        n.opts.Fault,
@@ -399,6 +418,9 @@ func (n *node) close() error {
 	}
 	if n.spool != nil {
 		errs = append(errs, n.spool.Close())
+	}
+	if n.names != nil {
+		errs = append(errs, n.names.Close())
 	}
 	if n.egress != nil {
 		errs = append(errs, n.egress.Close())

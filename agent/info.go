@@ -18,11 +18,19 @@ func (n *node) apiConfig() api.Config {
 		Sandboxes: n.sup,
 		Images:    n.runtime,
 		Traffic:   egress{n.egress},
+		Limits:    limits{n.egress},
+		Resolver:  resolver{n.names},
+		Links:     links{n.links},
+		Flows:     n.flows,
 		NodeID:    n.nodeID,
-		LogDir:    n.logDir,
-		NodeInfo:  n.info,
-		Reload:    n.reload,
-		Usage:     n.sup.Usage,
+
+		MaxConnections: n.cfg.Network.MaxConnections,
+
+		Enforced: n.sup.Enforced,
+		LogDir:   n.logDir,
+		NodeInfo: n.info,
+		Reload:   n.reload,
+		Usage:    n.sup.Usage,
 	}
 }
 
@@ -45,8 +53,20 @@ func (n *node) info(ctx context.Context) (*nodev1.NodeInfoResponse, error) {
 		Warnings:        n.sup.Warnings(),
 		Pid:             int64(os.Getpid()),
 		StartedNs:       n.started.UnixNano(),
+		MaxConnections:  n.cfg.Network.MaxConnections,
+
+		ResolverUpstreams: n.upstreams,
+	}
+	if p := n.cfg.Network.PublishPorts; p.Hi != 0 {
+		out.PublishPorts = fmt.Sprintf("%d-%d", p.Lo, p.Hi)
+	}
+	if n.names == nil {
+		out.Warnings = append(out.Warnings, "no name resolves in sandboxes: neither dns.upstreams nor /etc/resolv.conf names a resolver")
 	}
 	var err error
+	if out.FlowEventsLost, err = n.egress.EventsLost(); err != nil {
+		out.Warnings = append(out.Warnings, "how much of the flow log was lost is not known: "+err.Error())
+	}
 	if out.ContainerdVersion, err = n.runtime.Version(ctx); err != nil {
 		out.ContainerdVersion = "unknown"
 		out.Warnings = append(out.Warnings, "containerd does not answer: "+err.Error())

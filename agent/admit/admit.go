@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package admit decides whether a sandbox may start: is its tenant known, is
-// there room under every quota from its organisation down to itself, and has
-// the node room at all. It is pure. A refusal is a value that names the limit,
+// there room under every quota from its organisation down to itself, has the
+// node room at all, and are the node's ports that it wants published free. It
+// is pure. A refusal is a value that names the limit,
 // what is in use, what was wanted and who set it; it is not a failure.
 package admit
 
@@ -23,7 +24,8 @@ const (
 	TenantUnknown Reason = "tenant_unknown"
 	Quota         Reason = "quota"
 	NodeCapacity  Reason = "node_capacity"
-	UsageSpool    Reason = "usage_spool" // nothing may start that cannot be metered
+	UsageSpool    Reason = "usage_spool"  // nothing may start that cannot be metered
+	PublishPort   Reason = "publish_port" // a port of the node is not to be had
 )
 
 // Resource names, as in Denied.Resource.
@@ -32,6 +34,7 @@ const (
 	Memory    = "memory_bytes"
 	PIDs      = "pids"
 	Sandboxes = "sandboxes"
+	HostPort  = "host_port"
 )
 
 // Denied is a refusal. Quantities are in the resource's own unit.
@@ -54,6 +57,8 @@ func (d *Denied) Error() string {
 		return fmt.Sprintf("tenant %s is not known here%s", d.Tenant, d.Hint)
 	case UsageSpool:
 		return "no sandbox may start that cannot be metered: " + d.Hint
+	case PublishPort:
+		return fmt.Sprintf("port %d of the node cannot be published for %s: %s", d.Want, d.Tenant, d.Hint)
 	}
 	where := ""
 	if d.File != "" {
@@ -86,14 +91,23 @@ func Amount(resource string, v int64) string {
 
 // Claim is what one live sandbox holds.
 type Claim struct {
-	Tenant tenant.Path
-	Limits sandbox.Limits
+	Tenant  tenant.Path
+	Name    string // of the sandbox
+	Limits  sandbox.Limits
+	Publish []sandbox.Port
 }
+
+// Ports is a range of the node's ports, both ends included. The zero Ports
+// holds none.
+type Ports struct{ Lo, Hi uint16 }
+
+func (p Ports) contains(port uint16) bool { return port != 0 && p.Lo <= port && port <= p.Hi }
 
 // Node is what the node has to give, and whether it may.
 type Node struct {
-	Capacity  tenant.Quota // 0: no bound
-	SpoolFull string       // not empty: why usage cannot be recorded now
+	Capacity     tenant.Quota // 0: no bound
+	PublishPorts Ports        // those that sandboxes may publish
+	SpoolFull    string       // not empty: why usage cannot be recorded now
 }
 
 // Sum adds up what a tenant and all below it hold. The empty path sums all.
@@ -130,6 +144,38 @@ func Decide(set *tenant.Set, node Node, claims []Claim, want Claim) *Denied {
 	if d := over(node.Capacity, Sum("", claims), want); d != nil {
 		d.Reason, d.SetBy = NodeCapacity, "node"
 		return d
+	}
+	return published(node.PublishPorts, claims, want)
+}
+
+// published answers why a port that want publishes is not to be had.
+func published(may Ports, claims []Claim, want Claim) *Denied {
+	for _, p := range want.Publish {
+		d := &Denied{Reason: PublishPort, Resource: HostPort, Want: int64(p.Host), Tenant: want.Tenant, SetBy: "node"}
+		switch holder := holderOf(p, claims); {
+		case may == Ports{}:
+			d.Hint = "this node publishes none; its operator can set network.publish_ports"
+		case !may.contains(p.Host):
+			d.Hint = fmt.Sprintf("this node publishes %d-%d (network.publish_ports)", may.Lo, may.Hi)
+		case holder == nil:
+			continue
+		case want.Tenant.Contains(holder.Tenant):
+			d.Hint = fmt.Sprintf("sandbox %s of %s has it", holder.Name, holder.Tenant)
+		default: // whose it is, is not the caller's business
+			d.Hint = "a sandbox of another tenant has it"
+		}
+		return d
+	}
+	return nil
+}
+
+func holderOf(p sandbox.Port, claims []Claim) *Claim {
+	for i := range claims {
+		for _, q := range claims[i].Publish {
+			if q.Host == p.Host && q.Proto == p.Proto {
+				return &claims[i]
+			}
+		}
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
 
@@ -61,6 +62,46 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s: allowed, want %s", c.name, c.deny)
 		case d.Reason != c.deny || d.Resource != c.res || d.SetBy != c.setBy || !strings.Contains(d.Error(), c.text):
 			t.Errorf("%s: got %s %s by %q: %v; want %s %s by %q with %q", c.name, d.Reason, d.Resource, d.SetBy, d, c.deny, c.res, c.setBy, c.text)
+		}
+	}
+}
+
+func TestPublish(t *testing.T) {
+	port := func(host uint16, proto netpol.Proto) sandbox.Port {
+		return sandbox.Port{Host: host, Sandbox: 80, Proto: proto}
+	}
+	held := []Claim{
+		{Tenant: "acme/vision", Name: "web", Publish: []sandbox.Port{port(30001, netpol.TCP), port(30002, netpol.TCP)}},
+		{Tenant: "globex", Name: "api", Publish: []sandbox.Port{port(30003, netpol.TCP)}},
+	}
+	some := Ports{Lo: 30000, Hi: 30009}
+	for _, c := range []struct {
+		name   string
+		may    Ports
+		tenant tenant.Path
+		want   []sandbox.Port
+		port   int64 // refused; 0: none is
+		text   string
+	}{
+		{"free", some, "acme", []sandbox.Port{port(30000, netpol.TCP), port(30009, netpol.TCP)}, 0, ""},
+		{"none wanted where none is to be had", Ports{}, "acme", nil, 0, ""},
+		{"off", Ports{}, "acme", []sandbox.Port{port(30000, netpol.TCP)}, 30000, "network.publish_ports"},
+		{"below", some, "acme", []sandbox.Port{port(29999, netpol.TCP)}, 29999, "30000-30009"},
+		{"above", some, "acme", []sandbox.Port{port(30000, netpol.TCP), port(30010, netpol.TCP)}, 30010, "30000-30009"},
+		{"taken below", some, "acme", []sandbox.Port{port(30002, netpol.TCP)}, 30002, "sandbox web of acme/vision has it"},
+		{"taken by itself", some, "globex", []sandbox.Port{port(30003, netpol.TCP)}, 30003, "sandbox api of globex has it"},
+		{"taken above", some, "acme/vision", []sandbox.Port{port(30003, netpol.TCP)}, 30003, "a sandbox of another tenant has it"},
+		{"the other protocol's", some, "acme", []sandbox.Port{port(30003, netpol.UDP)}, 0, ""},
+	} {
+		d := Decide(set(t), Node{PublishPorts: c.may}, held, Claim{Tenant: c.tenant, Publish: c.want})
+		switch {
+		case c.port == 0 && d != nil:
+			t.Errorf("%s: refused: %v", c.name, d)
+		case c.port == 0:
+		case d == nil:
+			t.Errorf("%s: allowed", c.name)
+		case d.Reason != PublishPort || d.Resource != HostPort || d.Want != c.port || !strings.Contains(d.Error(), c.text):
+			t.Errorf("%s: got %+v: %v; want port %d with %q", c.name, *d, d, c.port, c.text)
 		}
 	}
 }

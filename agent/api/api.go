@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkheadhq/bulkhead/agent/admit"
+	"github.com/bulkheadhq/bulkhead/agent/egress"
 	"github.com/bulkheadhq/bulkhead/agent/meter"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/agent/store"
@@ -48,16 +49,46 @@ type Traffic interface {
 	Explain(slot uint32, f netpol.Flow) (*nodev1.ExplainResponse, error)
 }
 
+// Limits answers for the limits of policies and for audit mode, from the
+// kernel.
+type Limits interface {
+	Rates(id string, slot uint32) ([]egress.Rate, error)
+	Budgets() ([]egress.Budget, error)
+	Audited(id string, slot uint32) ([]egress.Audited, error)
+}
+
+// Resolver answers what the resolver of a sandbox knows and has counted.
+type Resolver interface {
+	Names(id string) []egress.Name
+	Resolver(id string) egress.Resolver
+}
+
+// Links answers for the links of sandboxes.
+type Links interface {
+	// Connections is how many packets were dropped because their connection
+	// would have been beyond the cap.
+	Connections(id string) (refused uint64, err error)
+}
+
 // Config of a Server; all fields are required.
 type Config struct {
 	Sandboxes *supervisor.Supervisor
 	Images    Images
 	Traffic   Traffic
+	Limits    Limits
+	Resolver  Resolver
+	Links     Links
+	Flows     *egress.Hub
 	NodeID    string
-	LogDir    func(id string) string
-	NodeInfo  func(ctx context.Context) (*nodev1.NodeInfoResponse, error)
-	Reload    func(ctx context.Context) (tenants, updated int, err error)
-	Usage     func() map[string]meter.Mark
+	// MaxConnections is how many a sandbox may have open at once.
+	MaxConnections uint32
+	// Enforced answers when the egress of a running sandbox was last found to be
+	// enforced, the zero time if not yet, and why it is not now.
+	Enforced func(id string) (verified time.Time, degraded string)
+	LogDir   func(id string) string
+	NodeInfo func(ctx context.Context) (*nodev1.NodeInfoResponse, error)
+	Reload   func(ctx context.Context) (tenants, updated int, err error)
+	Usage    func() map[string]meter.Mark
 }
 
 // Server implements nodev1.NodeServer.
@@ -209,7 +240,10 @@ func (s *Server) Create(ctx context.Context, req *nodev1.CreateRequest) (*nodev1
 	if err != nil {
 		return nil, err
 	}
-	spec := specFromProto(req.GetSpec())
+	spec, err := specFromProto(req.GetSpec())
+	if err != nil {
+		return nil, err
+	}
 	path, err := tenant.ParsePath(string(spec.Tenant))
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "tenant: %v", err)
@@ -239,6 +273,9 @@ func (s *Server) Get(ctx context.Context, req *nodev1.GetRequest) (*nodev1.GetRe
 		return nil, err
 	}
 	out := &nodev1.GetResponse{Sandbox: s.toProto(rec)}
+	if out.Sandbox.Blocked, err = s.blocked(rec); err != nil {
+		return nil, failure(err)
+	}
 	for _, e := range rec.Events {
 		out.Events = append(out.Events, &nodev1.Event{TimeNs: unixNano(e.At), Kind: e.Kind, Message: strings.ToValidUTF8(e.Message, "?")})
 	}
@@ -255,6 +292,10 @@ func (s *Server) Get(ctx context.Context, req *nodev1.GetRequest) (*nodev1.GetRe
 	}
 	if err := errors.Join(err, rerr); err != nil {
 		return nil, failure(err)
+	}
+	last := s.cfg.Flows.Last(rec.ID)
+	for _, r := range rules {
+		r.LastEventNs = max(r.LastEventNs, unixNano(last[egress.RuleKey{Tenant: r.Tenant, Rule: r.Rule}]))
 	}
 	out.Network, out.Drops, out.Rules = network, drops, rules
 	return out, nil
@@ -290,10 +331,15 @@ func (s *Server) List(ctx context.Context, req *nodev1.ListRequest) (*nodev1.Lis
 		return nil, err
 	}
 	in := within(req.GetTenant(), s.mayAct(c))
+	budgets, err := s.cfg.Limits.Budgets()
+	if err != nil {
+		return nil, failure(err)
+	}
 	out := &nodev1.ListResponse{}
 	for _, rec := range s.cfg.Sandboxes.List() {
 		if in(rec) && (req.GetAll() || rec.State.Live()) {
 			sb := s.toProto(rec)
+			sb.Blocked = spent(s.budgets(rec, budgets))
 			sb.Spec.Env, sb.Spec.Policy = nil, "" // large, and secrets: Get has them
 			out.Sandboxes = append(out.Sandboxes, sb)
 		}

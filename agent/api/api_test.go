@@ -23,11 +23,11 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkheadhq/bulkhead/agent/api"
+	"github.com/bulkheadhq/bulkhead/agent/egress"
 	"github.com/bulkheadhq/bulkhead/agent/spool"
 	"github.com/bulkheadhq/bulkhead/agent/store"
 	"github.com/bulkheadhq/bulkhead/agent/supervisor"
 	"github.com/bulkheadhq/bulkhead/agent/supervisor/supervisortest"
-	"github.com/bulkheadhq/bulkhead/netpol"
 	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
 	sandboxv1 "github.com/bulkheadhq/bulkhead/proto/sandbox/v1"
 	"github.com/bulkheadhq/bulkhead/tenant"
@@ -48,6 +48,8 @@ const (
 type node struct {
 	t      *testing.T
 	m      *supervisortest.Machine
+	kernel *kernel
+	flows  *egress.Hub
 	socket string
 	reload error // what Reload answers
 }
@@ -63,7 +65,8 @@ func serve(t *testing.T) *node {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	n := &node{t: t, m: supervisortest.NewMachine(), socket: filepath.Join(dir, "agent.sock")}
+	n := &node{t: t, m: supervisortest.NewMachine(), kernel: &kernel{}, socket: filepath.Join(dir, "agent.sock")}
+	n.flows = egress.New(egress.Config{Live: func(string) bool { return true }})
 	st, err := store.Open(filepath.Join(dir, "bulkhead.db"))
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +97,9 @@ func serve(t *testing.T) *node {
 	<-ready
 	go func() {
 		served <- api.Serve(ctx, api.Config{
-			Sandboxes: sup, Images: n.m.Node.Open(), Traffic: traffic{n.m}, NodeID: supervisortest.NodeID,
+			Sandboxes: sup, Images: n.m.Node.Open(), NodeID: supervisortest.NodeID,
+			Traffic: n.kernel, Limits: n.kernel, Resolver: n.kernel, Links: n.kernel, Enforced: n.kernel.enforced,
+			Flows: n.flows, MaxConnections: 4096,
 			LogDir: func(id string) string { return filepath.Join(dir, "logs", id) },
 			NodeInfo: func(context.Context) (*nodev1.NodeInfoResponse, error) {
 				return &nodev1.NodeInfoResponse{NodeId: "n"}, nil
@@ -113,17 +118,6 @@ func serve(t *testing.T) *node {
 		}
 	})
 	return n
-}
-
-// traffic answers for the miniature's egress program.
-type traffic struct{ m *supervisortest.Machine }
-
-func (traffic) Network(uint32) (*nodev1.Network, []*nodev1.DropCounter, error) {
-	return &nodev1.Network{EgressBytes: 7}, nil, nil
-}
-func (traffic) Rules(string, uint32) ([]*nodev1.RuleCounter, error) { return nil, nil }
-func (traffic) Explain(_ uint32, f netpol.Flow) (*nodev1.ExplainResponse, error) {
-	return &nodev1.ExplainResponse{Allowed: f.Port == 80, Reason: "allow"}, nil
 }
 
 // as answers a client whose connection was made by a user. The kernel notes who
@@ -297,6 +291,15 @@ func (n *node) hidden(c nodev1.NodeClient, what, id string) {
 				_, err := c.Explain(ctx, &nodev1.ExplainRequest{Ref: ref, Protocol: "tcp", Address: "1.2.3.4", Port: 80})
 				return err
 			},
+			"policy status":  func() error { _, err := c.PolicyStatus(ctx, &nodev1.PolicyStatusRequest{Ref: ref}); return err },
+			"policy suggest": func() error { _, err := c.PolicySuggest(ctx, &nodev1.PolicySuggestRequest{Ref: ref}); return err },
+			"flows": func() error {
+				s, err := c.Flows(ctx, &nodev1.FlowsRequest{Ref: ref, Follow: true})
+				if err == nil {
+					_, err = s.Recv()
+				}
+				return err
+			},
 			"logs": func() error {
 				s, err := c.Logs(ctx, &nodev1.LogsRequest{Ref: ref})
 				if err == nil {
@@ -396,9 +399,19 @@ func TestRefusals(t *testing.T) {
 		{"negative memory", edit(func(s *sandboxv1.Spec) { s.Limits = &sandboxv1.Limits{MemoryBytes: -1} }), codes.InvalidArgument},
 		{"too much memory", edit(func(s *sandboxv1.Spec) { s.Limits = &sandboxv1.Limits{MemoryBytes: 1 << 60} }), codes.InvalidArgument},
 		{"negative lifetime", edit(func(s *sandboxv1.Spec) { s.TtlMs = -5 }), codes.InvalidArgument},
+		{"port of the node", edit(publish(65616, 80, "tcp")), codes.InvalidArgument},
+		{"port of the sandbox", edit(publish(30080, 65616, "tcp")), codes.InvalidArgument},
+		{"port 0", edit(publish(30080, 0, "tcp")), codes.InvalidArgument},
+		{"protocol of a port", edit(publish(30080, 80, "sctp")), codes.InvalidArgument},
+		{"port that the operator keeps", edit(publish(22, 80, "tcp")), codes.ResourceExhausted},
 		{"policy", edit(func(s *sandboxv1.Spec) { s.Policy = "kind: EgressPolicy\nname: x\nrulez: []\n" }), codes.InvalidArgument},
 		{"command that is not there", edit(func(s *sandboxv1.Spec) { s.Command = []string{"nosuch"} }), codes.Aborted},
-		{"explain a name", explain("tcp", "example.com", 80), codes.InvalidArgument},
+		{"explain no name", explain("tcp", "ex ample.com", 80), codes.InvalidArgument},
+		{"explain a mistyped address", explain("tcp", "203.0.113", 80), codes.InvalidArgument},
+		{"explain an empty label", explain("tcp", "example..com", 80), codes.InvalidArgument},
+		{"explain a ping with a port", explain("icmp", "1.2.3.4", 80), codes.InvalidArgument},
+		{"explain a ping", explain("icmp", "1.2.3.4", 0), codes.OK},
+		{"explain a name", explain("tcp", "example.com", 80), codes.OK},
 		{"explain a zone", explain("tcp", "fe80::1%eth0", 80), codes.InvalidArgument},
 		{"explain a protocol", explain("sctp", "1.2.3.4", 80), codes.InvalidArgument},
 		{"explain port 0", explain("tcp", "1.2.3.4", 0), codes.InvalidArgument},
@@ -422,6 +435,12 @@ func TestRefusals(t *testing.T) {
 	_, err = c.Reload(ctx, &nodev1.ReloadRequest{})
 	if status.Code(err) == codes.OK || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("a reload that is refused: %v", err)
+	}
+}
+
+func publish(host, port uint32, protocol string) func(*sandboxv1.Spec) {
+	return func(s *sandboxv1.Spec) {
+		s.Publish = []*sandboxv1.PublishedPort{{Host: host, Port: port, Protocol: protocol}}
 	}
 }
 

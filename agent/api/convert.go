@@ -6,7 +6,11 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
 	sandboxv1 "github.com/bulkheadhq/bulkhead/proto/sandbox/v1"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
@@ -40,9 +44,11 @@ func unixNano(t time.Time) int64 {
 }
 
 // specFromProto copies what a caller sent. Check judges it afterwards.
-func specFromProto(p *sandboxv1.Spec) sandbox.Spec {
+func specFromProto(p *sandboxv1.Spec) (sandbox.Spec, error) {
 	l := p.GetLimits()
+	publish, err := portsFromProto(p.GetPublish())
 	return sandbox.Spec{
+		Publish: publish,
 		Name:    p.GetName(),
 		Tenant:  tenant.Path(p.GetTenant()),
 		Image:   p.GetImage(),
@@ -63,7 +69,36 @@ func specFromProto(p *sandboxv1.Spec) sandbox.Spec {
 		WorkloadRef:  p.GetWorkloadRef(),
 		RuntimeClass: p.GetRuntimeClass(),
 		Labels:       p.GetLabels(),
+	}, err
+}
+
+// portsFromProto refuses numbers that are no ports; Check judges the rest.
+func portsFromProto(ports []*sandboxv1.PublishedPort) ([]sandbox.Port, error) {
+	var out []sandbox.Port
+	for _, p := range ports {
+		port := sandbox.Port{Host: uint16(p.GetHost()), Sandbox: uint16(p.GetPort())}
+		if uint32(port.Host) != p.GetHost() || uint32(port.Sandbox) != p.GetPort() {
+			return nil, status.Errorf(codes.InvalidArgument, "publish: %d:%d: ports are 1 to 65535", p.GetHost(), p.GetPort())
+		}
+		switch p.GetProtocol() {
+		case "tcp":
+			port.Proto = netpol.TCP
+		case "udp":
+			port.Proto = netpol.UDP
+		default:
+			return nil, status.Errorf(codes.InvalidArgument, "publish: protocol %q is not tcp or udp", p.GetProtocol())
+		}
+		out = append(out, port)
 	}
+	return out, nil
+}
+
+func portsToProto(ports []sandbox.Port) []*sandboxv1.PublishedPort {
+	var out []*sandboxv1.PublishedPort
+	for _, p := range ports {
+		out = append(out, &sandboxv1.PublishedPort{Host: uint32(p.Host), Port: uint32(p.Sandbox), Protocol: p.Proto.String()})
+	}
+	return out
 }
 
 func (s *Server) toProto(r sandbox.Record) *sandboxv1.Sandbox {
@@ -90,6 +125,7 @@ func (s *Server) toProto(r sandbox.Record) *sandboxv1.Sandbox {
 			WorkloadRef:  r.Spec.WorkloadRef,
 			RuntimeClass: r.Spec.RuntimeClass,
 			Labels:       r.Spec.Labels,
+			Publish:      portsToProto(r.Spec.Publish),
 		},
 		State:       states[r.State],
 		CreatedNs:   unixNano(r.Created),
@@ -103,6 +139,12 @@ func (s *Server) toProto(r sandbox.Record) *sandboxv1.Sandbox {
 	}
 	if r.Plan != nil && r.State.Live() {
 		out.Addresses = []string{r.Plan.Addr4.String(), r.Plan.Addr6.String()}
+	}
+	if enforced(r) {
+		_, degraded := s.cfg.Enforced(r.ID)
+		out.Degraded = strings.ToValidUTF8(degraded, "?")
+		prog, err := s.cfg.Sandboxes.Program(r.ID)
+		out.Audit = err == nil && prog.Mode == netpol.ModeAudit
 	}
 	if x := r.Exit; x != nil {
 		out.Exit = &sandboxv1.Exit{

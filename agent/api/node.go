@@ -5,14 +5,12 @@ package api
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"sort"
 	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/bulkheadhq/bulkhead/netpol"
 	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
 	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/tenant"
@@ -53,44 +51,6 @@ func (s *Server) ListImages(ctx context.Context, _ *nodev1.ListImagesRequest) (*
 	return out, nil
 }
 
-// Explain implements nodev1.NodeServer.
-func (s *Server) Explain(ctx context.Context, req *nodev1.ExplainRequest) (*nodev1.ExplainResponse, error) {
-	rec, _, err := s.find(ctx, req.GetRef())
-	if err != nil {
-		return nil, err
-	}
-	addr, err := netip.ParseAddr(req.GetAddress())
-	if err != nil || addr.Zone() != "" {
-		return nil, status.Errorf(codes.InvalidArgument, "%q is not an IP address (names come with the resolver, which this version does not have)", req.GetAddress())
-	}
-	flow := netpol.Flow{Dst: addr, Port: uint16(req.GetPort())}
-	switch req.GetProtocol() {
-	case "tcp":
-		flow.Proto = netpol.TCP
-	case "udp":
-		flow.Proto = netpol.UDP
-	case "icmp":
-		return &nodev1.ExplainResponse{
-			Reason: "protocol", Tenant: "bulkhead", PolicyRev: rec.PolicyRev,
-			Detail: "only TCP and UDP leave a sandbox; ICMP is always denied",
-		}, nil
-	default:
-		return nil, status.Errorf(codes.InvalidArgument, "protocol %q is not tcp, udp or icmp", req.GetProtocol())
-	}
-	if req.GetPort() == 0 || req.GetPort() > 65535 {
-		return nil, status.Errorf(codes.InvalidArgument, "port %d is not between 1 and 65535", req.GetPort())
-	}
-	var out *nodev1.ExplainResponse
-	if enforced(rec) {
-		out, err = s.cfg.Traffic.Explain(rec.Slot, flow)
-		rec = s.now(rec) // the answer is another sandbox's if this one has ended meanwhile
-	}
-	if !enforced(rec) {
-		return nil, status.Errorf(codes.FailedPrecondition, "sandbox %s is %s: nothing is enforced for it now", rec.Spec.Name, rec.State)
-	}
-	return out, failure(err)
-}
-
 // NodeInfo implements nodev1.NodeServer. Warnings name sandboxes of every
 // tenant, so only root reads them.
 func (s *Server) NodeInfo(ctx context.Context, _ *nodev1.NodeInfoRequest) (*nodev1.NodeInfoResponse, error) {
@@ -100,6 +60,9 @@ func (s *Server) NodeInfo(ctx context.Context, _ *nodev1.NodeInfoRequest) (*node
 	}
 	info, err := s.cfg.NodeInfo(ctx)
 	if err != nil {
+		return nil, failure(err)
+	}
+	if info.Degraded, info.Auditing, info.Blocked, err = s.health(); err != nil {
 		return nil, failure(err)
 	}
 	if c.UID == 0 {

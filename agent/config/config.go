@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"time"
 
@@ -65,6 +66,29 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// PortRange is ports of the node, written "30000-30999", one port, or "" for
+// none.
+type PortRange struct{ Lo, Hi uint16 }
+
+// UnmarshalText reads a range of ports.
+func (r *PortRange) UnmarshalText(text []byte) error {
+	*r = PortRange{}
+	if len(text) == 0 {
+		return nil
+	}
+	lo, hi, isRange := strings.Cut(string(text), "-")
+	if !isRange {
+		hi = lo
+	}
+	first, err := strconv.ParseUint(lo, 10, 16)
+	last, err2 := strconv.ParseUint(hi, 10, 16)
+	if err != nil || err2 != nil || first == 0 || last < first {
+		return valueErr("PortRange", text, fmt.Errorf("%q is not a range of ports such as \"30000-30999\"", text))
+	}
+	r.Lo, r.Hi = uint16(first), uint16(last)
+	return nil
+}
+
 // Config is the whole file. Defaults are what Default answers.
 type Config struct {
 	StateDir   string `toml:"state_dir"`
@@ -94,7 +118,20 @@ type Config struct {
 		MTU        int          `toml:"mtu"`
 		LinkPrefix string       `toml:"link_prefix"`
 		NFTable    string       `toml:"nft_table"`
+
+		PublishPorts   PortRange `toml:"publish_ports"`
+		MaxConnections uint32    `toml:"max_connections"`
 	} `toml:"network"`
+	DNS struct {
+		Upstreams        []string `toml:"upstreams"`
+		CAFile           string   `toml:"ca_file"`
+		Timeout          Duration `toml:"timeout"`
+		Idle             Duration `toml:"idle"`
+		TTLFloor         Duration `toml:"ttl_floor"`
+		TTLCap           Duration `toml:"ttl_cap"`
+		QueriesPerSecond int      `toml:"queries_per_second"`
+		MaxAddresses     int      `toml:"max_addresses"`
+	} `toml:"dns"`
 	Egress struct {
 		PinDir       string         `toml:"pin_dir"`
 		HostNetworks []netip.Prefix `toml:"host_networks"`
@@ -144,6 +181,13 @@ func Default() Config {
 	c.Network.MTU = 1500
 	c.Network.LinkPrefix = "bh"
 	c.Network.NFTable = "bulkhead"
+	c.Network.MaxConnections = 4096
+	c.DNS.Timeout = Duration{2 * time.Second}
+	c.DNS.Idle = Duration{5 * time.Minute}
+	c.DNS.TTLFloor = Duration{30 * time.Second}
+	c.DNS.TTLCap = Duration{time.Hour}
+	c.DNS.QueriesPerSecond = 50
+	c.DNS.MaxAddresses = 1024
 	c.Egress.PinDir = "/sys/fs/bpf/bulkhead"
 	c.Egress.VerifyEvery = Duration{10 * time.Second}
 	c.Sandbox.Max = 1024
@@ -313,6 +357,13 @@ func (c *Config) check() error {
 		min, max int64
 	}{
 		{"network.mtu", int64(c.Network.MTU), 1280, 65535},
+		{"network.max_connections", int64(c.Network.MaxConnections), 1, 1 << 24},
+		{"dns.timeout in ms", c.DNS.Timeout.Milliseconds(), 10, time.Minute.Milliseconds()},
+		{"dns.idle in ms", c.DNS.Idle.Milliseconds(), 1000, (24 * time.Hour).Milliseconds()},
+		{"dns.ttl_floor in ms", c.DNS.TTLFloor.Milliseconds(), 0, time.Hour.Milliseconds()},
+		{"dns.ttl_cap in ms", c.DNS.TTLCap.Milliseconds(), max(1000, c.DNS.TTLFloor.Milliseconds()), (7 * 24 * time.Hour).Milliseconds()},
+		{"dns.queries_per_second", int64(c.DNS.QueriesPerSecond), 1, 100_000},
+		{"dns.max_addresses", int64(c.DNS.MaxAddresses), 1, 1024},
 		{"sandbox.max", int64(c.Sandbox.Max), 1, min(4095, int64(1)<<(32-c.Network.Pool4.Bits())-2)},
 		{"sandbox.default_pids", c.Sandbox.DefaultPIDs, 1, 1 << 22},
 		{"sandbox.default_memory", c.Sandbox.DefaultMemory.Bytes, 4 << 20, 1 << 50},
@@ -348,8 +399,34 @@ func (c *Config) check() error {
 	default:
 		return fmt.Errorf("log.level = %q is not debug, info, warn or error", c.Log.Level)
 	}
+	if f := c.DNS.CAFile; f != "" && !filepath.IsAbs(f) {
+		return fmt.Errorf("dns.ca_file = %q is not an absolute path", f)
+	}
+	for _, u := range c.DNS.Upstreams {
+		if err := checkUpstream(u); err != nil {
+			return fmt.Errorf("dns.upstreams: %w", err)
+		}
+	}
 	if (c.Usage.CertFile == "") != (c.Usage.KeyFile == "") {
 		return errors.New("usage.cert_file and usage.key_file go together")
+	}
+	return nil
+}
+
+// checkUpstream refuses what is not the address of a resolver. A name would
+// have to be resolved first.
+func checkUpstream(u string) error {
+	form := fmt.Errorf("%q: write an address and a port, \"192.0.2.53:53\", or \"tls://192.0.2.53:853#name\"", u)
+	host, tls := strings.CutPrefix(u, "tls://")
+	if tls {
+		addr, name, ok := strings.Cut(host, "#")
+		if !ok || name == "" {
+			return form // without a name the certificate says nothing
+		}
+		host = addr
+	}
+	if a, err := netip.ParseAddrPort(host); err != nil || a.Port() == 0 {
+		return form
 	}
 	return nil
 }

@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/bulkheadhq/bulkhead/agent/meter"
+	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
 
@@ -78,7 +79,19 @@ type Spec struct {
 	WorkloadRef  string            `json:"workload_ref,omitempty"`
 	RuntimeClass string            `json:"runtime_class,omitempty"`
 	Labels       map[string]string `json:"labels,omitempty"`
+	Publish      []Port            `json:"publish,omitempty"`
 }
+
+// Port is a port of the sandbox that the outside may connect to, through a
+// port of the node.
+type Port struct {
+	Host    uint16       `json:"host"`
+	Sandbox uint16       `json:"sandbox"`
+	Proto   netpol.Proto `json:"proto"` // TCP or UDP
+}
+
+// String is the form that people write: 8080:80/tcp.
+func (p Port) String() string { return fmt.Sprintf("%d:%d/%s", p.Host, p.Sandbox, p.Proto) }
 
 // Plan is where a sandbox goes: every name and number that a launch step
 // uses. It is decided once; recovery uses it and not today's configuration.

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/bulkheadhq/bulkhead/netpol"
 )
 
 func TestTransitions(t *testing.T) {
@@ -142,5 +144,30 @@ func TestEventsAreBounded(t *testing.T) {
 	}
 	if len(r.Events) != maxEvents || r.Events[maxEvents-1].Message != "499" {
 		t.Errorf("got %d events, the last one %q", len(r.Events), r.Events[len(r.Events)-1].Message)
+	}
+}
+
+func TestPublishIsChecked(t *testing.T) {
+	for _, c := range []struct {
+		ports []Port
+		want  string // in the error; "" for none
+	}{
+		{[]Port{{8080, 80, netpol.TCP}, {8080, 80, netpol.UDP}, {8081, 80, netpol.TCP}}, ""},
+		{[]Port{{0, 80, netpol.TCP}}, "0:80/tcp: write HOSTPORT:PORT"},
+		{[]Port{{8080, 0, netpol.UDP}}, "8080:0/udp: write HOSTPORT:PORT"},
+		{[]Port{{8080, 80, netpol.ICMP}}, "only tcp and udp"},
+		{[]Port{{8080, 80, 0}}, "only tcp and udp"},
+		{[]Port{{8080, 80, netpol.TCP}, {8080, 81, netpol.TCP}}, "port 8080/tcp of the node is named twice"},
+		{make([]Port, netpol.MaxPublished+1), "at most 8"},
+	} {
+		s := Spec{Name: "a", Tenant: "acme", Image: "busybox", Publish: c.ports}
+		err := s.Check()
+		var bad *SpecError
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%v: %v", c.ports, err)
+		case c.want != "" && (!errors.As(err, &bad) || bad.Field != "publish" || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%v: got %v, want %q", c.ports, err, c.want)
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
@@ -112,6 +113,30 @@ func (s *Spec) Check() error {
 		if err := checkText("labels", v, maxLabel); err != nil {
 			return err
 		}
+	}
+	return checkPublish(s.Publish)
+}
+
+func checkPublish(ports []Port) error {
+	if len(ports) > netpol.MaxPublished {
+		return bad("publish", "%d ports, at most %d", len(ports), netpol.MaxPublished)
+	}
+	type hostPort struct {
+		port  uint16
+		proto netpol.Proto
+	}
+	seen := map[hostPort]bool{}
+	for _, p := range ports {
+		host := hostPort{p.Host, p.Proto}
+		switch {
+		case p.Proto != netpol.TCP && p.Proto != netpol.UDP:
+			return bad("publish", "%s: only tcp and udp can be published", p)
+		case p.Host == 0 || p.Sandbox == 0:
+			return bad("publish", "%s: write HOSTPORT:PORT, both from 1 to 65535", p)
+		case seen[host]:
+			return bad("publish", "port %d/%s of the node is named twice", p.Host, p.Proto)
+		}
+		seen[host] = true
 	}
 	return nil
 }

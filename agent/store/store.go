@@ -15,15 +15,21 @@ import (
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
+	"github.com/bulkheadhq/bulkhead/agent/budget"
 	"github.com/bulkheadhq/bulkhead/agent/meter"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 )
 
 // version of the schema that this program writes.
-const version = 1
+const version = 2
 
 // migrations[i] turns version i+1 into i+2, inside Open's transaction.
-var migrations = []func(*bolt.Tx) error{}
+var migrations = []func(*bolt.Tx) error{
+	func(tx *bolt.Tx) error { // 1 had no budgets
+		_, err := tx.CreateBucket(bucketBudgets)
+		return err
+	},
+}
 
 var (
 	bucketMeta      = []byte("meta")
@@ -31,6 +37,7 @@ var (
 	bucketNames     = []byte("names")
 	bucketSlots     = []byte("slots")
 	bucketMarks     = []byte("marks")
+	bucketBudgets   = []byte("budgets")
 
 	keyVersion = []byte("version")
 	keyNodeID  = []byte("node_id")
@@ -86,7 +93,7 @@ func Open(path string) (*Store, error) {
 func (s *Store) prepare(tx *bolt.Tx) error {
 	meta := tx.Bucket(bucketMeta)
 	if meta == nil {
-		for _, name := range [][]byte{bucketMeta, bucketSandboxes, bucketNames, bucketSlots, bucketMarks} {
+		for _, name := range [][]byte{bucketMeta, bucketSandboxes, bucketNames, bucketSlots, bucketMarks, bucketBudgets} {
 			if _, err := tx.CreateBucket(name); err != nil {
 				return err
 			}
@@ -220,6 +227,25 @@ func (s *Store) Put(rec sandbox.Record) error {
 	})
 }
 
+// PutAll replaces records that Reserve has made, all in one transaction.
+func (s *Store) PutAll(recs []sandbox.Record) error {
+	err := s.db.Update(func(tx *bolt.Tx) error {
+		for _, rec := range recs {
+			if tx.Bucket(bucketSandboxes).Get([]byte(rec.ID)) == nil {
+				return fmt.Errorf("sandbox %s: %w", rec.ID, ErrNotFound)
+			}
+			if err := put(tx, rec); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write records of %d sandboxes: %w", len(recs), err)
+	}
+	return nil
+}
+
 // Load answers every record, in order of id.
 func (s *Store) Load() ([]sandbox.Record, error) {
 	var recs []sandbox.Record
@@ -344,4 +370,50 @@ func (s *Store) Marks() (map[string]meter.Mark, error) {
 		return nil, fmt.Errorf("state %s: %w", s.path, err)
 	}
 	return marks, nil
+}
+
+// PutBudgets writes what was spent of budgets and takes some out, all in one
+// transaction.
+func (s *Store) PutBudgets(put map[string]budget.Entry, drop []string) error {
+	err := s.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketBudgets)
+		for key, e := range put {
+			data, err := json.Marshal(e)
+			if err != nil {
+				return err
+			}
+			if err := b.Put([]byte(key), data); err != nil {
+				return err
+			}
+		}
+		for _, key := range drop {
+			if err := b.Delete([]byte(key)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write %d budgets: %w", len(put)+len(drop), err)
+	}
+	return nil
+}
+
+// Budgets answers what was spent of every budget, by key.
+func (s *Store) Budgets() (map[string]budget.Entry, error) {
+	out := map[string]budget.Entry{}
+	err := s.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketBudgets).ForEach(func(key, data []byte) error {
+			var e budget.Entry
+			if err := json.Unmarshal(data, &e); err != nil {
+				return fmt.Errorf("budget %s: %w", key, err)
+			}
+			out[string(key)] = e
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("state %s: %w", s.path, err)
+	}
+	return out, nil
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/bulkheadhq/bulkhead/agent/budget"
 	"github.com/bulkheadhq/bulkhead/agent/meter"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/tenant"
@@ -200,7 +201,7 @@ func TestLaterSchemaIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
-	if _, err := Open(path); err == nil || !strings.Contains(err.Error(), "schema 2") {
+	if _, err := Open(path); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema %d", version+1)) {
 		t.Errorf("got %v, want an error that names the schema", err)
 	}
 }
@@ -233,5 +234,62 @@ func TestReleasedSchemas(t *testing.T) {
 		if err != nil || len(recs) != 1 || recs[0].Spec.Name != "one" {
 			t.Errorf("%s: got %v, %v", f, recs, err)
 		}
+		if err := s.PutBudgets(map[string]budget.Entry{"tenant/acme": {Window: 3600, Spent: 7}}, nil); err != nil {
+			t.Errorf("%s: %v", f, err)
+		}
+	}
+}
+
+// TestPutAll: of records of which one is not there, none is written.
+func TestPutAll(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	a, b := reserve(t, s, rec("aaaaaaaaaaaa", "one")), reserve(t, s, rec("bbbbbbbbbbbb", "two"))
+	a.PolicyRev, b.PolicyRev = 2, 2
+	if err := s.PutAll([]sandbox.Record{a, rec("cccccccccccc", "three"), b}); !errors.Is(err, ErrNotFound) {
+		t.Errorf("with a stranger among them: got %v, want ErrNotFound", err)
+	}
+	revs := func() (out []uint64) {
+		recs, err := s.Load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range recs {
+			out = append(out, r.PolicyRev)
+		}
+		return out
+	}
+	if diff := cmp.Diff([]uint64{1, 1}, revs()); diff != "" {
+		t.Errorf("after a refusal: %s", diff)
+	}
+	if err := s.PutAll([]sandbox.Record{a, b}); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s = open(t, path)
+	if diff := cmp.Diff([]uint64{2, 2}, revs()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestBudgets(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s := open(t, path)
+	want := map[string]budget.Entry{"tenant/acme": {Window: 3600, Spent: 1 << 40}, "sandbox/aaaaaaaaaaaa/acme": {Window: 7200}}
+	if err := s.PutBudgets(want, nil); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s = open(t, path)
+	got, err := s.Budgets()
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("%v\n%s", err, diff)
+	}
+	if err := s.PutBudgets(map[string]budget.Entry{"tenant/acme": {Window: 7200, Spent: 1}}, []string{"sandbox/aaaaaaaaaaaa/acme", "tenant/never"}); err != nil {
+		t.Fatal(err)
+	}
+	got, err = s.Budgets()
+	if diff := cmp.Diff(map[string]budget.Entry{"tenant/acme": {Window: 7200, Spent: 1}}, got); err != nil || diff != "" {
+		t.Errorf("%v\n%s", err, diff)
 	}
 }

@@ -33,6 +33,8 @@ type box struct {
 	program netpol.Program // +checklocks:mu; in force
 	// attached is the policy revision that the kernel was last given.
 	attached  uint64    // +checklocks:mu
+	verified  time.Time // +checklocks:mu; when the kernel last said that it is enforced
+	degraded  string    // +checklocks:mu; why its link is down; "" if it is not
 	neverRan  bool      // +checklocks:mu; found created and not started
 	launchErr error     // +checklocks:mu; why the command was not let run
 	holders   int       // +checklocks:mu; clients that still read
@@ -42,7 +44,8 @@ type box struct {
 	// right, so that nothing is made again that teardown has removed. Taken
 	// before mu.
 	repair  sync.Mutex
-	repairs int // +checklocks:repair; that have failed since the last drift
+	drifted bool // +checklocks:repair; the link is down until a repair works
+	repairs int  // +checklocks:repair; that have failed since then
 
 	// stop wakes the goroutine for a request that is already on disk. Depth 8:
 	// a polite request, an impatient one and some to spare; more are dropped,
@@ -72,6 +75,13 @@ func (b *box) record() sandbox.Record {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.rec.Clone()
+}
+
+// verifiedNow notes that the kernel has said that the sandbox is enforced.
+func (b *box) verifiedNow() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.verified, b.degraded = time.Now(), ""
 }
 
 func (b *box) hold() (release func()) {

@@ -138,7 +138,7 @@ func TestSpoolFull(t *testing.T) {
 		if rec := w.record(a.ID); rec.State != sandbox.Running || !w.m.Send(a.ID, 1) {
 			t.Errorf("a running sandbox is %s because the spool is full", rec.State)
 		}
-		if rec := w.record(b.ID); rec.State != sandbox.Stopping || rec.Exit.Code != 4 || len(w.m.Leftovers()) != 4 {
+		if rec := w.record(b.ID); rec.State != sandbox.Stopping || rec.Exit.Code != 4 || len(w.m.Leftovers()) != 6 {
 			t.Errorf("a sandbox that ended is %s, %+v, %q on the machine; want stopping until its usage is in the spool, and only the other's things",
 				rec.State, rec.Exit, w.m.Leftovers())
 		}

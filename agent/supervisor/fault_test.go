@@ -80,7 +80,7 @@ func points(t *testing.T) map[string]int {
 		}
 	})
 	want := []string{"place", "start:recorded", "stopping", "usage", "stopped", "release", "usage:marked", "usage:spooled"}
-	for _, step := range []string{"cgroup", "link", "egress", "task", "start"} {
+	for _, step := range []string{"cgroup", "link", "egress", "names", "task", "start"} {
 		want = append(want, step+":do", step+":done", step+":undo")
 	}
 	for _, p := range want {

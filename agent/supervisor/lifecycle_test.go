@@ -435,8 +435,8 @@ func TestUnknownThingsAreLeftAlone(t *testing.T) {
 		if rec.Slot != 2 || rec.Exit.Code != 3 {
 			t.Errorf("beside a stranger in slot 1 a sandbox gets slot %d and ends with %+v", rec.Slot, *rec.Exit)
 		}
-		if left := w.m.Leftovers(); len(left) != 4 || !w.m.LinkUp(stranger.ID) || !w.m.Running(stranger.ID) {
-			t.Errorf("a stranger's things: %q, want all 4 of them", left)
+		if left := w.m.Leftovers(); len(left) != 6 || !w.m.LinkUp(stranger.ID) || !w.m.Running(stranger.ID) {
+			t.Errorf("a stranger's things: %q, want all 6 of them", left)
 		}
 	})
 }

@@ -104,23 +104,33 @@ func (b *box) reenforce(ctx context.Context) {
 	}
 }
 
-// reattach brings link and program to what they must be and reads it back.
+// reattach brings link, program and resolver to what they must be and reads
+// them back. On an error the link is down, or was when it came.
 func (b *box) reattach(ctx context.Context) error {
-	rec := b.record()
-	ifindex, err := b.s.cfg.Links.Create(ctx, rec.ID, *rec.Plan)
+	ifindex, err := b.link(ctx)
 	if err != nil {
 		return err
 	}
-	b.mu.Lock()
-	b.ifindex = ifindex
-	b.mu.Unlock()
 	if err := b.attach(ctx); err != nil {
 		return err
 	}
-	if err := b.s.cfg.Egress.Verify(rec.ID, rec.Slot, ifindex); err != nil {
+	switch err := b.startNames(ctx); {
+	case errors.Is(err, ErrNoResolver): // a sandbox may have taken the port from its own resolver
+		b.note("no_resolver", "%v", err)
+	case err != nil:
 		return err
 	}
-	return b.s.cfg.Links.Up(rec.ID)
+	if err := b.s.cfg.Egress.Verify(b.id, b.record().Slot, ifindex); err != nil {
+		return err
+	}
+	if err := b.s.cfg.Links.Up(b.id); err != nil {
+		return err
+	}
+	if err := b.s.cfg.Links.Verify(b.id); err != nil {
+		return errors.Join(err, b.s.cfg.Links.Down(b.id))
+	}
+	b.verifiedNow()
+	return nil
 }
 
 // cutOff takes a sandbox's link down and stops it, because its egress cannot

@@ -34,8 +34,12 @@ func (w *world) checkBulk(rec sandbox.Record, want bool) {
 	if err != nil || prog.Evaluate(bulk).Allowed != want {
 		w.t.Errorf("%s: the agent says %t, want %t (%v)", rec.Spec.Name, prog.Evaluate(bulk).Allowed, want, err)
 	}
-	if now := w.record(rec.ID); now.PolicyDigest != prog.Digest {
+	now := w.record(rec.ID)
+	if now.PolicyDigest != prog.Digest {
 		w.t.Errorf("%s: the record names another policy than the one in force", rec.Spec.Name)
+	}
+	if rev := w.m.PolicyRev(rec.ID); rev != now.PolicyRev {
+		w.t.Errorf("%s: revision %d is in force, the record says %d", rec.Spec.Name, rev, now.PolicyRev)
 	}
 }
 
@@ -66,7 +70,7 @@ func TestReload(t *testing.T) {
 
 // TestReloadIsAllOrNothing breaks a reload at every step that it takes.
 func TestReloadIsAllOrNothing(t *testing.T) {
-	for _, op := range []string{"egress.SetPolicy", "store.Put", "cgroups.Ensure"} {
+	for _, op := range []string{"egress.SetPolicy", "names.Swap", "budgets.Ensure", "store.PutAll", "cgroups.Ensure"} {
 		for nth := 1; nth <= 3; nth++ {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.start(nil)
@@ -115,6 +119,54 @@ func TestReloadIsAllOrNothing(t *testing.T) {
 	}
 }
 
+// TestKilledDuringAReload: an agent dies when some sandboxes have the new policy
+// and some the old. The next one gives all of them what the files say, whichever
+// that is.
+func TestKilledDuringAReload(t *testing.T) {
+	for _, op := range []string{"store.PutAll", "budgets.Ensure", "names.Swap", "egress.SetPolicy"} {
+		for _, files := range []string{"acme-v1", "acme-v2"} {
+			for nth := 1; nth <= 3; nth++ {
+				inWorld(t, func(t *testing.T, w *world) {
+					w.start(nil)
+					var recs []sandbox.Record
+					for _, name := range []string{"a", "b", "c"} {
+						recs = append(recs, w.run(spec(name, "sleep 1000")))
+						w.resolve(recs[len(recs)-1])
+					}
+					var left atomic.Int64
+					left.Store(int64(nth))
+					w.m.SetFault(func(o, _ string) error {
+						if o == op && left.Add(-1) == 0 {
+							return w.die()
+						}
+						return nil
+					})
+					_, err := w.sup.Reload(t.Context(), tenants(t, "acme-v2"))
+					w.m.SetFault(nil)
+					if left.Load() > 0 { // it takes fewer steps of this kind
+						return
+					}
+					if err == nil {
+						t.Errorf("%s %d: a dead agent has reloaded", op, nth)
+					}
+					w.killed()
+					w.tenants = tenants(t, files)
+					w.start(nil)
+					time.Sleep(time.Second)
+					for _, rec := range recs {
+						w.checkBulk(rec, files == "acme-v1")
+						w.checkLearned(rec, true)
+						w.resolve(rec)
+						if now := w.record(rec.ID); now.State != sandbox.Running || strings.Contains(kinds(now), "not_enforced") {
+							t.Errorf("%s %d: %s is %s: %s", op, nth, rec.Spec.Name, now.State, kinds(now))
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
 func TestReloadKeepsTenantsWithSandboxes(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.start(nil)
@@ -133,7 +185,7 @@ func TestReloadKeepsTenantsWithSandboxes(t *testing.T) {
 // TestReloadDuringALaunch: wherever the launch is, the command meets the new
 // policy and never the old one.
 func TestReloadDuringALaunch(t *testing.T) {
-	for _, point := range []string{"place", "cgroup:do", "link:done", "egress:do", "egress:done", "task:do", "task:done", "start:do", "start:recorded", "start:done"} {
+	for _, point := range []string{"place", "cgroup:do", "link:done", "egress:do", "egress:done", "names:do", "names:done", "task:do", "task:done", "start:do", "start:recorded", "start:done"} {
 		t.Run(point, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				f := faults{point: point, nth: 1}
@@ -209,14 +261,14 @@ func TestDriftIsRepaired(t *testing.T) {
 // TestDriftThatStaysIsCutOff: what cannot be enforced again is stopped, its
 // link down from the moment it was seen.
 func TestDriftThatStaysIsCutOff(t *testing.T) {
-	for _, op := range []string{"links.Create", "egress.Attach", "egress.Verify", "links.Up"} {
+	for _, op := range []string{"links.Create", "budgets.Ensure", "names.Swap", "names.Start", "egress.Attach", "egress.Verify", "links.Up", "links.Verify"} {
 		t.Run(op, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.start(nil)
 				a := w.run(spec("a", "trap 'exit 0' TERM; sleep 1000"))
 				w.m.SetFault(func(o, _ string) error {
 					if o == op && w.record(a.ID).State == sandbox.Running {
-						if w.m.LinkUp(a.ID) && o != "egress.Verify" {
+						if w.m.LinkUp(a.ID) && !strings.HasSuffix(o, ".Verify") {
 							t.Errorf("%s with the link up", o)
 						}
 						return errInjected

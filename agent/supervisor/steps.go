@@ -15,6 +15,7 @@ import (
 
 	"github.com/bulkheadhq/bulkhead/agent/place"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/runtime"
 )
 
@@ -37,16 +38,17 @@ func (b *box) steps() []step {
 			func(context.Context) error { return cfg.Cgroups.Remove(path, id) }},
 		{0, "link",
 			func(ctx context.Context) error {
-				ifindex, err := cfg.Links.Create(ctx, id, *b.record().Plan)
-				b.mu.Lock()
-				b.ifindex = ifindex
-				b.mu.Unlock()
+				_, err := b.link(ctx)
 				return err
 			},
 			func(context.Context) error { return cfg.Links.Remove(id) }},
-		{1, "egress",
-			func(ctx context.Context) error { return b.attach(ctx) },
-			func(context.Context) error { return cfg.Egress.Detach(id, rec.Slot) }},
+		{1, "egress", b.attach,
+			func(context.Context) error {
+				if err := cfg.Budgets.Release(id, rec.Slot); err != nil {
+					return err
+				}
+				return cfg.Egress.Detach(id, rec.Slot)
+			}},
 		{1, "task",
 			func(ctx context.Context) error {
 				task, err := cfg.Runtime.Create(ctx, b.runtimeSpec())
@@ -56,7 +58,9 @@ func (b *box) steps() []step {
 				return err
 			},
 			func(ctx context.Context) error { return cfg.Runtime.Remove(ctx, id) }},
-		{2, "start", b.start, b.quiesce},
+		{2, "names", b.startNames,
+			func(context.Context) error { return cfg.Names.Stop(id) }},
+		{3, "start", b.start, b.quiesce},
 	}
 }
 
@@ -173,6 +177,7 @@ func (b *box) start(ctx context.Context) error {
 	if err := b.s.cfg.Links.Up(id); err != nil {
 		return err
 	}
+	b.verifiedNow()
 	for {
 		err := b.update(func(r *sandbox.Record) error {
 			if r.PolicyRev != b.attached {
@@ -237,6 +242,8 @@ func (b *box) teardown(ctx context.Context, ended *runtime.Exit) {
 		return
 	}
 	b.awaitRepair()
+	b.s.warn("degraded "+b.id, "")
+	b.s.warn("policy "+b.id, "")
 	b.closeLaunched()
 	if !b.undoSteps(ctx) {
 		return
@@ -381,17 +388,47 @@ func (b *box) persist(ctx context.Context, what string, change func(*sandbox.Rec
 // errPolicyMoved: a reload came between attaching the policy and starting.
 var errPolicyMoved = errors.New("policy changed during the launch")
 
-// attach gives the kernel the policy in force and remembers which it was.
+// link makes the network of the sandbox, with the ports that it publishes.
+func (b *box) link(ctx context.Context) (ifindex int, err error) {
+	rec := b.record()
+	if ifindex, err = b.s.cfg.Links.Create(ctx, rec.ID, *rec.Plan); err != nil {
+		return 0, err
+	}
+	b.mu.Lock()
+	b.ifindex = ifindex
+	b.mu.Unlock()
+	if len(rec.Spec.Publish) == 0 {
+		return ifindex, nil
+	}
+	return ifindex, b.s.cfg.Links.Publish(rec.ID, rec.Spec.Publish)
+}
+
+// startNames begins to answer the sandbox's questions for names. The program
+// must be attached: what was learned before goes into it. If a reload comes in
+// between, start attaches once more, and that is what the resolver works by.
+func (b *box) startNames(ctx context.Context) error {
+	b.mu.Lock()
+	plan, program := *b.rec.Plan, b.program
+	b.mu.Unlock()
+	return b.s.cfg.Names.Start(ctx, b.id, plan.Slot, plan.NetnsPath, program)
+}
+
+// attach gives the kernel the policy in force, and the resolver if it has
+// begun, and remembers which it was.
 func (b *box) attach(ctx context.Context) error {
 	b.mu.Lock()
 	e := Enforcement{ID: b.id, Plan: *b.rec.Plan, Ifindex: b.ifindex, Program: b.program, Rev: b.rec.PolicyRev}
 	b.mu.Unlock()
-	if err := b.s.cfg.Egress.Attach(ctx, e); err != nil {
+	err := b.enforce(e.Plan.Slot, e.Program, func(learned []netpol.Learned) error {
+		e.Learned = learned
+		return b.s.cfg.Egress.Attach(ctx, e)
+	})
+	if err != nil {
 		return err
 	}
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.attached = e.Rev
-	b.mu.Unlock()
 	return nil
 }
 

@@ -8,10 +8,13 @@
 //
 //	wave  step     do                                     undo
 //	0     cgroup   tenant nodes with their limits         remove the leaf
-//	0     link     netns, veth, addresses, link down      remove link and netns
-//	1     egress   load policy, attach, read back         detach, forget counters
+//	0     link     netns, veth, addresses, link down,     remove all of it
+//	               published ports
+//	1     egress   budgets, policy, attach, read back     budgets to disk, detach,
+//	                                                      forget counters
 //	1     task     snapshot, container, held init         remove all of it
-//	2     start    verify egress, link up, Running to     kill, wait until the cgroup is
+//	2     names    resolver inside the netns              close it, forget what it learned
+//	3     start    verify egress, link up, Running to     kill, wait until the cgroup is
 //	               disk, let the command run              empty, link down, last usage sample
 //
 // Undo runs from the last wave to the first and again until it works: a
@@ -24,14 +27,16 @@
 // It destroys only what a record of ours says is ours and finished.
 //
 // Lock order: Supervisor.admission, then Supervisor.metering, then box.repair,
-// then Supervisor.mu, then box.mu, then Supervisor.watching.
+// then Supervisor.mu, then box.mu, then Supervisor.watching. A change of policy
+// holds many boxes, every repair before any mu; admission says that no other
+// does. Names, Budgets and Egress are called under these locks and must not call
+// back.
 package supervisor
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"sort"
 	"strings"
 	"sync"
@@ -42,10 +47,8 @@ import (
 
 	"github.com/bulkheadhq/bulkhead/agent/admit"
 	"github.com/bulkheadhq/bulkhead/agent/meter"
-	"github.com/bulkheadhq/bulkhead/agent/place"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/netpol"
-	usagev1 "github.com/bulkheadhq/bulkhead/proto/usage/v1"
 	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/tenant"
 )
@@ -59,113 +62,12 @@ var ErrAmbiguous = errors.New("several sandboxes answer to it")
 // ErrNotStopped says: it must be stopped first.
 var ErrNotStopped = errors.New("is not stopped")
 
+// ErrNoResolver says: names do not resolve in the sandbox, and it is tried
+// again; what they have taught before is in force.
+var ErrNoResolver = errors.New("names do not resolve")
+
 // ErrLeaving says: the agent is on its way out and starts nothing.
 var ErrLeaving = errors.New("the agent is stopping")
-
-// Store keeps records and meter marks; agent/store is the real one.
-type Store interface {
-	Reserve(rec sandbox.Record, maxSlot uint32, taken map[uint32]string) (sandbox.Record, error)
-	Put(rec sandbox.Record) error
-	Load() ([]sandbox.Record, error)
-	Release(id string) error
-	Delete(id string) error
-	PutMarks(marks map[string]meter.Mark) error
-	Marks() (map[string]meter.Mark, error)
-}
-
-// Links makes and removes the network of a sandbox.
-type Links interface {
-	Create(ctx context.Context, id string, p sandbox.Plan) (ifindex int, err error)
-	Up(id string) error
-	Down(id string) error
-	Remove(id string) error
-	List() ([]string, error)
-}
-
-// Traffic is what a sandbox was allowed to send and receive, in L3 bytes.
-type Traffic struct{ EgressBytes, IngressBytes uint64 }
-
-// Enforcement is what the egress program must hold for one sandbox.
-type Enforcement struct {
-	ID      string
-	Plan    sandbox.Plan
-	Ifindex int
-	Program netpol.Program
-	Rev     uint64
-}
-
-// Egress attaches policy to a link and reads its counters.
-type Egress interface {
-	Attach(ctx context.Context, e Enforcement) error
-	SetPolicy(id string, slot uint32, p netpol.Program, rev uint64) error
-	Verify(id string, slot uint32, ifindex int) error
-	Traffic(slot uint32) (Traffic, error)
-	Detach(id string, slot uint32) error
-	List() ([]string, error)
-	Slots() (map[uint32]string, error) // ids by slot
-}
-
-// CgroupUsage is what the kernel says a sandbox has used; nil is unknown.
-type CgroupUsage struct{ CPUNs, MemoryUsed, OOMKills *uint64 }
-
-// Cgroups keeps the tenants' tree.
-type Cgroups interface {
-	Ensure(path string, q tenant.Quota) error
-	Usage(tenant, id string) (CgroupUsage, error) // fs.ErrNotExist once it is gone
-	Kill(tenant, id string) error
-	WaitEmpty(ctx context.Context, tenant, id string) error
-	Remove(tenant, id string) error
-	List() ([]string, error) // ids
-}
-
-// Launcher is what the supervisor needs of a container runtime.
-type Launcher interface {
-	Image(ctx context.Context, ref string) (runtime.Image, error)
-	Create(ctx context.Context, s runtime.Spec) (runtime.Task, error)
-	Find(ctx context.Context, id string) (runtime.Task, error)
-	Remove(ctx context.Context, id string) error
-	List(ctx context.Context) ([]string, error)
-}
-
-// Spool makes usage records durable.
-type Spool interface {
-	Append(ctx context.Context, recs []*usagev1.Record) error
-	Forget(sandbox string) error
-}
-
-// Config of a Supervisor. All fields are required unless they say otherwise.
-type Config struct {
-	Log          *slog.Logger
-	Place        place.Node
-	Defaults     sandbox.Limits // for limits that a Spec leaves at zero
-	Biggest      sandbox.Limits // what one sandbox can have at most
-	Capacity     tenant.Quota   // what all can have together
-	MaxSlot      uint32
-	LogMaxBytes  int64
-	LogFiles     int
-	ResolvConf   string // path; optional
-	Hosts        string // path; optional
-	Partial      bool   // cgroup limits may be left out
-	NotEnforced  []string
-	Interval     time.Duration // between usage samples
-	VerifyEvery  time.Duration // between checks that egress is enforced
-	Grace        time.Duration // default between TERM and KILL
-	BootID       string
-	Source       string        // of usage records
-	SpoolFull    func() string // not empty: why usage cannot be recorded
-	Tenants      *tenant.Set
-	Store        Store
-	Links        Links
-	Egress       Egress
-	Cgroups      Cgroups
-	Runtime      Launcher
-	Spool        Spool
-	KeepStopped  int // stopped sandboxes of one tenant whose record and log are kept
-	RemoveLog    func(id string) error
-	BootTime     func() time.Duration     // CLOCK_BOOTTIME
-	Fault        func(point string) error // optional; tests break or kill here
-	LingerRemove time.Duration            // before an auto-remove sandbox is forgotten
-}
 
 // Supervisor of all sandboxes of a node.
 type Supervisor struct {
@@ -195,6 +97,9 @@ func New(cfg Config) (*Supervisor, error) {
 		boxes:    map[string]*box{},
 		subs:     map[*Subscription]struct{}{},
 		warnings: map[string]string{},
+	}
+	if cfg.Names == nil {
+		s.cfg.Names = noNames{}
 	}
 	s.tenants.Store(cfg.Tenants)
 	recs, err := cfg.Store.Load()
@@ -264,16 +169,21 @@ func (s *Supervisor) Create(ctx context.Context, spec sandbox.Spec, by string) (
 	if err := spec.Check(); err != nil {
 		return sandbox.Record{}, err
 	}
-	var err error
-	if spec.Limits, err = spec.Limits.Resolve(s.cfg.Defaults, s.cfg.Biggest); err != nil {
+	limits, err := spec.Limits.Resolve(s.cfg.Defaults, s.cfg.Biggest)
+	if err != nil {
 		return sandbox.Record{}, err
 	}
+	spec.Limits = limits
 	set := s.tenants.Load()
-	claim := admit.Claim{Tenant: spec.Tenant, Limits: spec.Limits}
+	claim := claimOf(spec)
 	if d := admit.Decide(set, s.node(), s.claims(), claim); d != nil {
 		return sandbox.Record{}, d // refused before the image is looked up, and once more below
 	}
-	if _, err := compile(set, spec); err != nil {
+	prog, err := compile(set, spec)
+	if err == nil {
+		err = s.resolvable(prog)
+	}
+	if err != nil {
 		return sandbox.Record{}, err
 	}
 	img, err := s.cfg.Runtime.Image(ctx, spec.Image)
@@ -306,6 +216,9 @@ func (s *Supervisor) reserve(rec sandbox.Record, claim admit.Claim) (*box, error
 		return nil, d
 	}
 	prog, err := compile(set, rec.Spec)
+	if err == nil {
+		err = s.resolvable(prog)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -328,7 +241,7 @@ func (s *Supervisor) reserve(rec sandbox.Record, claim admit.Claim) (*box, error
 }
 
 func (s *Supervisor) node() admit.Node {
-	n := admit.Node{Capacity: s.cfg.Capacity}
+	n := admit.Node{Capacity: s.cfg.Capacity, PublishPorts: s.cfg.PublishPorts}
 	if s.cfg.SpoolFull != nil {
 		n.SpoolFull = s.cfg.SpoolFull()
 	}
@@ -342,10 +255,14 @@ func (s *Supervisor) claims() []admit.Claim {
 	claims := make([]admit.Claim, 0, len(s.boxes))
 	for _, b := range s.boxes {
 		if rec := b.record(); rec.State.Live() {
-			claims = append(claims, admit.Claim{Tenant: rec.Spec.Tenant, Limits: rec.Spec.Limits})
+			claims = append(claims, claimOf(rec.Spec))
 		}
 	}
 	return claims
+}
+
+func claimOf(spec sandbox.Spec) admit.Claim {
+	return admit.Claim{Tenant: spec.Tenant, Name: spec.Name, Limits: spec.Limits, Publish: spec.Publish}
 }
 
 // Launched returns when the command of a sandbox has started, or with the
@@ -496,6 +413,24 @@ func (s *Supervisor) Program(id string) (netpol.Program, error) {
 	return b.program, nil
 }
 
+// Live reports whether a sandbox of that id is not stopped yet.
+func (s *Supervisor) Live(id string) bool {
+	b, err := s.box(id)
+	return err == nil && b.record().State.Live()
+}
+
+// Enforced answers when the egress of a sandbox was last found to be enforced,
+// the zero time if not yet, and why it is cut off now, if it is.
+func (s *Supervisor) Enforced(id string) (verified time.Time, degraded string) {
+	b, err := s.box(id)
+	if err != nil {
+		return time.Time{}, ""
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.verified, b.degraded
+}
+
 // Tenants answers the tenants in force.
 func (s *Supervisor) Tenants() *tenant.Set { return s.tenants.Load() }
 
@@ -586,17 +521,4 @@ func (s *Supervisor) fault(point string) error {
 		return nil
 	}
 	return s.cfg.Fault(point)
-}
-
-// compile makes the policy of a sandbox: its tenant's chain, then its own.
-func compile(set *tenant.Set, spec sandbox.Spec) (netpol.Program, error) {
-	var own *netpol.Policy
-	if spec.Policy != "" {
-		p, err := netpol.Parse("policy of "+spec.Name, []byte(spec.Policy))
-		if err != nil {
-			return netpol.Program{}, err
-		}
-		own = &p
-	}
-	return set.Compile(spec.Tenant, own)
 }

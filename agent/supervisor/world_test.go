@@ -22,7 +22,7 @@ import (
 
 // world is a machine, what is on its disk, and at most one agent at a time.
 type world struct {
-	t    *testing.T
+	t    testing.TB
 	dir  string
 	m    *supervisortest.Machine
 	edit func(*supervisor.Config) // of every agent; optional
@@ -53,7 +53,7 @@ func inWorld(t *testing.T, test func(t *testing.T, w *world)) {
 // inRealWorld is inWorld without a bubble, for tests in which somebody waits
 // for a lock while time has to pass. Everything the agent does often it does
 // every few milliseconds.
-func inRealWorld(t *testing.T, test func(t *testing.T, w *world)) {
+func inRealWorld[T testing.TB](t T, test func(t T, w *world)) {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), m: supervisortest.NewMachine(), tenants: tenants(t, "acme-v1")}
 	w.edit = func(c *supervisor.Config) {
@@ -317,7 +317,7 @@ func (w *world) ledger() map[string]map[string]uint64 {
 }
 
 // tenants loads a directory of testdata.
-func tenants(t *testing.T, name string) *tenant.Set {
+func tenants(t testing.TB, name string) *tenant.Set {
 	t.Helper()
 	set, err := tenant.Load(filepath.Join("testdata", name))
 	if err != nil {

@@ -80,6 +80,9 @@ func (c *cli) explainDenial(d *nodev1.Denial, msg string) string {
 			where += " in " + d.GetFile()
 		}
 	}
+	if d.GetReason() == "publish_port" {
+		return render.Clean(msg) // it says whose range it is
+	}
 	if d.GetResource() == "" {
 		if msg == "" {
 			msg = "refused: " + strings.ReplaceAll(d.GetReason(), "_", " ")

@@ -44,7 +44,8 @@ type fakeNode struct {
 	stops   []int64       // graces of the Stop requests, as they came
 	creates int           // Create requests, as they came
 	waits   int           // Wait requests, as they came
-	late    bool          // Attach to a command that is over answers its exit code
+	flows   []*nodev1.FlowsResponse
+	late    bool // Attach to a command that is over answers its exit code
 	info    *nodev1.NodeInfoResponse
 
 	server *grpc.Server
@@ -68,7 +69,8 @@ func newFakeNode(t testing.TB) *fakeNode {
 	t.Helper()
 	f := &fakeNode{t: t, sock: filepath.Join(t.TempDir(), "agent.sock"), changed: make(chan struct{}), held: make(chan struct{}),
 		info: &nodev1.NodeInfoResponse{NodeId: "node-7f", Version: "1.2.0", Kernel: "6.12.5", CpuMillis: 8000, MemoryBytes: 16 << 30,
-			ContainerdVersion: "v2.2.1", CgroupMode: "unified", EgressHook: "tcx", Pid: 812, StartedNs: epoch.UnixNano(),
+			ContainerdVersion: "v2.2.1", CgroupMode: "unified", EgressHook: "tcx", MaxConnections: 4096,
+			PublishPorts: "30000-30999", ResolverUpstreams: []string{"192.0.2.53:53"}, Pid: 812, StartedNs: epoch.UnixNano(),
 			Spool: &nodev1.Spool{FirstSeq: 41, LastSeq: 1207, AckedSeq: 1200, Bytes: 91 << 10, LimitBytes: 256 << 20,
 				Gateway: "gw.example.com:7443", State: "connected"}},
 		images: []*nodev1.Image{
@@ -241,6 +243,12 @@ func (f *fakeNode) admit(spec *sandboxv1.Spec) error {
 	if used+want > 1<<30 {
 		return denied(codes.ResourceExhausted, "quota", &nodev1.Denial{Reason: "quota", Resource: "memory_bytes", Limit: 1 << 30,
 			InUse: used, Want: want, SetBy: "acme", File: "/etc/bulkhead/tenants/acme.yaml"})
+	}
+	for _, p := range spec.GetPublish() {
+		if p.GetHost() < 30000 {
+			return denied(codes.ResourceExhausted, fmt.Sprintf("port %d of the node cannot be published for %s: this node publishes 30000-30999 (network.publish_ports)",
+				p.GetHost(), spec.GetTenant()), &nodev1.Denial{Reason: "publish_port", Resource: "host_port", Want: int64(p.GetHost()), SetBy: "node"})
+		}
 	}
 	if spec.GetLimits().GetCpuMillis() > 8000 {
 		return denied(codes.ResourceExhausted, "full", &nodev1.Denial{Reason: "node_capacity", Resource: "cpu_millis", Limit: 8000,

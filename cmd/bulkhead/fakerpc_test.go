@@ -31,7 +31,7 @@ func (f *fakeNode) Get(_ context.Context, req *nodev1.GetRequest) (*nodev1.GetRe
 	if b.s.GetExit() == nil {
 		resp.Network = &nodev1.Network{EgressBytes: 5 << 20, EgressPackets: 3600, EgressWireBytes: 5<<20 + 14*3600,
 			IngressBytes: 900, IngressPackets: 9, IngressWireBytes: 1026, DroppedBytes: 180, DroppedPackets: 3}
-		resp.Rules = []*nodev1.RuleCounter{{Tenant: "acme", Rule: "model-api", Packets: 3600, Bytes: 5 << 20}}
+		resp.Rules = []*nodev1.RuleCounter{{Tenant: "acme", Rule: "model-api", Packets: 3600, Bytes: 5 << 20, LastEventNs: epoch.UnixNano()}}
 		resp.Drops = []*nodev1.DropCounter{{Reason: "metadata", Packets: 2, Bytes: 120}, {Reason: "no_rule", Packets: 1, Bytes: 60}}
 	}
 	return resp, nil
@@ -300,23 +300,6 @@ func (f *fakeNode) Exec(stream grpc.BidiStreamingServer[nodev1.ExecRequest, node
 		out <- &nodev1.ExecResponse{Message: &nodev1.ExecResponse_ExitCode{ExitCode: p.run(script(words)).Code}}
 	}()
 	return relay(stream, out)
-}
-
-func (f *fakeNode) Explain(_ context.Context, req *nodev1.ExplainRequest) (*nodev1.ExplainResponse, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if _, err := f.find(req.GetRef()); err != nil {
-		return nil, err
-	}
-	switch {
-	case strings.HasPrefix(req.GetAddress(), "203.0.113.") && req.GetPort() == 443, strings.HasPrefix(req.GetAddress(), "2001:db8:"):
-		return &nodev1.ExplainResponse{Allowed: true, Reason: "allow", Rule: "model-api", Tenant: "acme", PolicyRev: 1}, nil
-	case req.GetAddress() == "169.254.169.254":
-		return &nodev1.ExplainResponse{Reason: "metadata", Tenant: "bulkhead", Detail: "cloud metadata is never reachable", PolicyRev: 1}, nil
-	case strings.HasPrefix(req.GetAddress(), "198.51.100."):
-		return &nodev1.ExplainResponse{Reason: "rule_deny", Rule: "no-crawling", Tenant: "acme", Detail: "a deny rule wins over every allow", PolicyRev: 1}, nil
-	}
-	return &nodev1.ExplainResponse{Reason: "no_rule", Detail: "no rule allows it", PolicyRev: 1}, nil
 }
 
 func (f *fakeNode) NodeInfo(context.Context, *nodev1.NodeInfoRequest) (*nodev1.NodeInfoResponse, error) {

@@ -194,7 +194,7 @@ func (w *watcher) show(s *sandboxv1.Sandbox, deleted bool) error {
 }
 
 // widths of the columns of --watch, where the rows to come are not known.
-var widths = []int{12, 20, 20, 28, 24, 5, 8, 20}
+var widths = []int{12, 20, 20, 28, 24, 5, 8, 16, 20}
 
 func (w *watcher) line(cells []string) error {
 	var b strings.Builder

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/bulkheadhq/bulkhead/cmd/bulkhead/render"
 	nodev1 "github.com/bulkheadhq/bulkhead/proto/node/v1"
 )
 
@@ -67,6 +68,36 @@ func (b *background) line(t *testing.T) string {
 		t.Fatalf("got %q and %v; stderr %s", line, err, b.stderr.String())
 	}
 	return line
+}
+
+// A flow log that is followed goes on with what is new after a restart.
+func TestFlowsOutlastTheAgent(t *testing.T) {
+	f := newFakeNode(t)
+	start(t, f, "run", "-d", "--name", "a", "alpine", "sleep").line(t)
+	b := start(t, f, "flows", "-f", "a")
+	f.egress(t, "flow", "start")
+	for range 1 + len(flowsOf("start")) { // the header too
+		b.line(t)
+	}
+	f.halt()
+	f.egress(t, "flow", "more")
+	f.start()
+	more := flowsOf("more")
+	for i := range more {
+		if got, want := b.line(t), render.Flow(more[i]); got != want {
+			t.Errorf("line %d after the restart: %q, want %q", i, got, want)
+		}
+	}
+	if got := b.stderr.String(); !strings.Contains(got, "the agent went away") {
+		t.Errorf("the reader is not told: %q", got)
+	}
+	f.set(func() { f.boxes[0].stop <- -1 })
+	if rest, err := io.ReadAll(b.out); err != nil || len(rest) > 0 {
+		t.Errorf("at the end: %q, %v", rest, err)
+	}
+	if code := <-b.code; code != 0 {
+		t.Errorf("exit code %d", code)
+	}
 }
 
 // An agent that restarts must not cost a foreground run a byte, nor give it one

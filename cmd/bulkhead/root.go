@@ -134,7 +134,8 @@ tenant's policy allows. Name one by its id, at least 4 first characters of the i
 TENANT:NAME, or its name alone if that is unique.`,
 		Example: `  bulkhead run --tenant acme/vision --memory 256MiB alpine:3.22 echo hello
   bulkhead ls
-  bulkhead explain web tcp 203.0.113.10:443
+  bulkhead explain web api.example.com:443
+  bulkhead flows web -f --denied
   bulkhead node`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
@@ -152,7 +153,7 @@ TENANT:NAME, or its name alone if that is unique.`,
 	f.StringVarP(&c.output, "output", "o", "table", "output form: table, or json (one object a line)")
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print ids only, or nothing where there is no id")
 	root.AddCommand(c.runCmd(), c.execCmd(), c.attachCmd(), c.lsCmd(), c.inspectCmd(), c.logsCmd(),
-		c.stopCmd(), c.killCmd(), c.rmCmd(), c.waitCmd(), c.explainCmd(), c.usageCmd(), c.imageCmd(),
+		c.stopCmd(), c.killCmd(), c.rmCmd(), c.waitCmd(), c.explainCmd(), c.flowsCmd(), c.policyCmd(), c.usageCmd(), c.imageCmd(),
 		c.nodeCmd(), c.tenantCmd(), c.reloadCmd(), c.versionCmd())
 	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	return root

@@ -38,9 +38,14 @@ stopped with its command's own code, or 137 if that is 0. A sandbox that did not
 ends with code 1.
 
 With --rm in the foreground it is this program that deletes the sandbox, after the last
-byte of its output; with --detach it is the node.`,
+byte of its output; with --detach it is the node.
+
+With --publish the outside may connect to a port of the sandbox, through a port of the
+node from the range that its operator allows (network.publish_ports). Answers need no
+rule.`,
 		Example: `  bulkhead run --tenant acme/vision alpine:3.22 echo hello
   bulkhead run -d --name web --cpus 0.5 --memory 256MiB --ttl 1h registry.example.com/web:2
+  bulkhead run -d --publish 30080:80 --name web registry.example.com/web:2
   bulkhead run -it --rm alpine:3.22 sh
   OPENAI_API_KEY=... bulkhead run -e OPENAI_API_KEY --policy model-api.yaml agent:7
   tar c src | bulkhead run -i --rm builder:1 tar x -C /src`,

@@ -24,7 +24,7 @@ type specFlags struct {
 	workload, runtime, envFile          string
 	cpus, memory, ttl                   string
 	pids                                int64
-	env, labels                         []string
+	env, labels, publish                []string
 	stdin, tty, rm                      bool
 }
 
@@ -35,6 +35,7 @@ func (s *specFlags) add(f *pflag.FlagSet) {
 	f.StringVarP(&s.memory, "memory", "m", "", "memory, as in 256MiB (default: the node's); swap is always off")
 	f.Int64Var(&s.pids, "pids", 0, "most processes and threads at once (default: the node's)")
 	f.StringVar(&s.policy, "policy", "", "file with an EgressPolicy to add below the tenant's own")
+	f.StringArrayVarP(&s.publish, "publish", "p", nil, "HOSTPORT:PORT[/tcp|udp]: connections to the node's port go to the sandbox's; may be repeated")
 	f.StringVar(&s.ttl, "ttl", "", "lifetime, as in 1h; the sandbox is killed at its end")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "KEY=value, or KEY to pass it on from here; may be repeated")
 	f.StringVar(&s.envFile, "env-file", "", "file with a KEY=value on each line")
@@ -96,6 +97,9 @@ func (s *specFlags) spec(image string, command []string) (*sandboxv1.Spec, error
 		return nil, err
 	}
 	if spec.Labels, err = keyValues("--label", s.labels); err != nil {
+		return nil, err
+	}
+	if spec.Publish, err = publishedPorts(s.publish); err != nil {
 		return nil, err
 	}
 	if s.policy != "" {
@@ -189,6 +193,38 @@ func keyValues(flag string, kvs []string) (map[string]string, error) {
 			out = map[string]string{}
 		}
 		out[k] = v
+	}
+	return out, nil
+}
+
+// publishedPorts reads 8080:80, 8080:80/tcp, 5353:53/udp.
+func publishedPorts(ports []string) ([]*sandboxv1.PublishedPort, error) {
+	var out []*sandboxv1.PublishedPort
+	for _, p := range ports {
+		pair, proto, _ := strings.Cut(p, "/")
+		host, inside, ok := strings.Cut(pair, ":")
+		if !ok {
+			return nil, usagef("--publish: %q is not HOSTPORT:PORT, as in 8080:80 or 5353:53/udp", p)
+		}
+		switch proto = strings.ToLower(proto); proto {
+		case "":
+			proto = "tcp"
+		case "tcp", "udp":
+		default:
+			return nil, usagef("--publish: %q: there are tcp and udp, not %q", p, proto)
+		}
+		port := &sandboxv1.PublishedPort{Protocol: proto}
+		for _, x := range []struct {
+			text string
+			to   *uint32
+		}{{host, &port.Host}, {inside, &port.Port}} {
+			n, err := strconv.ParseUint(x.text, 10, 16)
+			if err != nil || n == 0 {
+				return nil, usagef("--publish: %q: %q is no port; ports are 1 to 65535", p, x.text)
+			}
+			*x.to = uint32(n)
+		}
+		out = append(out, port)
 	}
 	return out, nil
 }

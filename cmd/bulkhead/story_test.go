@@ -160,6 +160,8 @@ func (f *fakeNode) happen(t *testing.T, what string) {
 		})
 	case "gone":
 		f.until(context.Background(), func() bool { _, err := f.find(arg); return err != nil })
+	case "degraded", "audit", "blocked", "flow":
+		f.egress(t, verb, arg)
 	case "notenforced":
 		f.info.NotEnforced = append(f.info.NotEnforced, arg)
 	case "warning":

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/bulkheadhq/bulkhead/agent/admit"
 	"github.com/bulkheadhq/bulkhead/agent/place"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/agent/supervisor"
@@ -44,6 +45,7 @@ func (p *Process) Config(dir string, tenants *tenant.Set, spool supervisor.Spool
 		Defaults:     sandbox.Limits{CPUMillis: 100, MemoryBytes: 64 << 20, PIDs: 32},
 		Biggest:      sandbox.Limits{CPUMillis: 4000, MemoryBytes: 8 << 30, PIDs: 4096},
 		Capacity:     tenant.Quota{CPUMillis: 400000, MemoryBytes: 800 << 30},
+		PublishPorts: admit.Ports{Lo: 30000, Hi: 30099},
 		MaxSlot:      1024,
 		LogMaxBytes:  1 << 20,
 		LogFiles:     2,
@@ -55,6 +57,8 @@ func (p *Process) Config(dir string, tenants *tenant.Set, spool supervisor.Spool
 		Tenants:      tenants,
 		Store:        p.Store(),
 		Links:        p.Links(),
+		Names:        p.Names(),
+		Budgets:      p.Budgets(),
 		Egress:       p.Egress(),
 		Cgroups:      p.Cgroups(),
 		Runtime:      p.Runtime(),

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -52,6 +53,9 @@ type Machine struct {
 	links      map[string]*linkState
 	programs   map[string]*programState
 	slots      map[uint32]string // of programs
+	journals   map[string][]lesson
+	budgets    map[budgetKey]uint64 // limits
+	table      string               // what is wrong with it
 	leaves     map[string]*leaf
 	quotas     map[string]tenant.Quota
 	truth      map[string]*Account
@@ -66,12 +70,27 @@ type linkState struct {
 	plan    sandbox.Plan
 	ifindex int
 	up      bool
+	ports   []sandbox.Port
+	drift   string // what is wrong with it
+}
+
+// lesson is one name that a sandbox has resolved.
+type lesson struct {
+	name string
+	addr netip.Addr
+}
+
+// budgetKey names a budget of the kernel; slot 0 is the tenant's.
+type budgetKey struct {
+	tenant string
+	slot   uint32
 }
 
 type programState struct {
 	slot            uint32
 	ifindex         int
 	program         netpol.Program
+	learned         map[netip.Addr][]netpol.PortRule
 	rev             uint64
 	egress, ingress uint64
 	off             bool // somebody took it off its link
@@ -95,6 +114,8 @@ func NewMachine() *Machine {
 		links:    map[string]*linkState{},
 		programs: map[string]*programState{},
 		slots:    map[uint32]string{},
+		journals: map[string][]lesson{},
+		budgets:  map[budgetKey]uint64{},
 		leaves:   map[string]*leaf{},
 		quotas:   map[string]tenant.Quota{},
 		truth:    map[string]*Account{},
@@ -210,9 +231,18 @@ func (m *Machine) Send(id string, bytes uint64) bool {
 func (m *Machine) SendTo(id string, f netpol.Flow, bytes uint64) bool {
 	m.mu.Lock()
 	p := m.passes(id)
-	allowed := p != nil && p.program.Evaluate(f).Allowed
+	allowed := p != nil && (p.program.Evaluate(f).Allowed || taught(p.learned[f.Dst], f))
 	m.mu.Unlock()
 	return allowed && m.Send(id, bytes)
+}
+
+func taught(steps []netpol.PortRule, f netpol.Flow) bool {
+	for _, s := range steps {
+		if s.Proto == f.Proto && s.Lo <= f.Port && f.Port <= s.Hi {
+			return true
+		}
+	}
+	return false
 }
 
 // Receive lets a sandbox receive.
@@ -254,6 +284,50 @@ func (m *Machine) TakeOff(id string) {
 	}
 }
 
+// Disturb changes something about a sandbox's link behind the agent's back.
+func (m *Machine) Disturb(id, what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l := m.links[id]; l != nil {
+		l.drift = what
+	}
+}
+
+// DisturbTable changes what all links share.
+func (m *Machine) DisturbTable(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.table = what
+}
+
+// PolicyRev answers the revision of the policy that judges a sandbox.
+func (m *Machine) PolicyRev(id string) uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p := m.programs[id]; p != nil {
+		return p.rev
+	}
+	return 0
+}
+
+// Published answers the ports of the node that lead to a sandbox.
+func (m *Machine) Published(id string) []sandbox.Port {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l := m.links[id]; l != nil {
+		return slices.Clone(l.ports)
+	}
+	return nil
+}
+
+// Budget answers the limit of a budget in the kernel; slot 0 is the tenant's.
+func (m *Machine) Budget(tenant string, slot uint32) (limit uint64, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	limit, ok = m.budgets[budgetKey{tenant, slot}]
+	return limit, ok
+}
+
 // LinkUp reports whether a sandbox's link is up.
 func (m *Machine) LinkUp(id string) bool {
 	m.mu.Lock()
@@ -282,6 +356,9 @@ func (m *Machine) Reboot() {
 	clear(m.slots)
 	clear(m.leaves)
 	clear(m.quotas)
+	clear(m.journals)
+	clear(m.budgets)
+	m.table = ""
 	m.booted = time.Now()
 }
 
@@ -305,6 +382,14 @@ func (m *Machine) Leftovers() []string {
 	}
 	for id := range m.leaves {
 		out = append(out, "cgroup "+id)
+	}
+	for id := range m.journals {
+		out = append(out, "names "+id)
+	}
+	for key := range m.budgets {
+		if key.slot != 0 {
+			out = append(out, fmt.Sprintf("budget of slot %d", key.slot))
+		}
 	}
 	slices.Sort(out)
 	return out

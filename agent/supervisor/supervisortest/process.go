@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -27,11 +30,14 @@ type Process struct {
 	fake  *runtimetest.Fake
 	store supervisor.Store
 	dead  atomic.Bool
+
+	naming  sync.Mutex
+	serving map[string]*resolver // +checklocks:naming; its sockets die with the process
 }
 
 // Process answers a view for an agent that starts now, on its store.
 func (m *Machine) Process(st supervisor.Store) *Process {
-	return &Process{m: m, fake: m.Node.Open(), store: st}
+	return &Process{m: m, fake: m.Node.Open(), store: st, serving: map[string]*resolver{}}
 }
 
 // Kill cuts the view off.
@@ -51,9 +57,11 @@ func (p *Process) enter(op, id string) error {
 	return p.m.fault(op, id)
 }
 
-// Links, Egress, Cgroups, Runtime, Store and Spool are what a
+// Links, Names, Budgets, Egress, Cgroups, Runtime, Store and Spool are what a
 // supervisor.Config needs.
 func (p *Process) Links() supervisor.Links      { return links{p} }
+func (p *Process) Names() supervisor.Names      { return names{p} }
+func (p *Process) Budgets() supervisor.Budgets  { return budgets{p} }
 func (p *Process) Egress() supervisor.Egress    { return egress{p} }
 func (p *Process) Cgroups() supervisor.Cgroups  { return cgroups{p} }
 func (p *Process) Runtime() supervisor.Launcher { return launcher{p} }
@@ -61,80 +69,6 @@ func (p *Process) Store() supervisor.Store      { return store{p} }
 
 // Spool puts the process between a supervisor and its spool.
 func (p *Process) Spool(s supervisor.Spool) supervisor.Spool { return spool{p, s} }
-
-type links struct{ p *Process }
-
-func (l links) Create(_ context.Context, id string, plan sandbox.Plan) (int, error) {
-	if err := l.p.enter("links.Create", id); err != nil {
-		return 0, err
-	}
-	m := l.p.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if have := m.links[id]; have != nil {
-		if have.plan != plan {
-			m.violate("link %s: another plan, %+v and %+v", id, have.plan, plan)
-		}
-		return have.ifindex, nil
-	}
-	m.ifindex++
-	m.links[id] = &linkState{plan: plan, ifindex: m.ifindex}
-	return m.ifindex, nil
-}
-
-func (l links) Up(id string) error {
-	if err := l.p.enter("links.Up", id); err != nil {
-		return err
-	}
-	m := l.p.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	have := m.links[id]
-	if have == nil {
-		return fmt.Errorf("link %s: %w", id, fs.ErrNotExist)
-	}
-	have.up = true
-	if m.passes(id) == nil {
-		m.violate("link %s is up and has no program", id)
-	}
-	return nil
-}
-
-func (l links) Down(id string) error {
-	if err := l.p.enter("links.Down", id); err != nil {
-		return err
-	}
-	m := l.p.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	have := m.links[id]
-	if have == nil {
-		return fmt.Errorf("link %s: %w", id, fs.ErrNotExist)
-	}
-	have.up = false
-	return nil
-}
-
-func (l links) Remove(id string) error {
-	if err := l.p.enter("links.Remove", id); err != nil {
-		return err
-	}
-	m := l.p.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.links, id)
-	return nil
-}
-
-func (l links) List() ([]string, error) {
-	if err := l.p.enter("links.List", ""); err != nil {
-		return nil, err
-	}
-	m := l.p.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return keys(m.links), nil
-}
 
 type egress struct{ p *Process }
 
@@ -155,11 +89,25 @@ func (e egress) Attach(_ context.Context, x supervisor.Enforcement) error {
 		m.programs[x.ID] = have
 		m.slots[x.Plan.Slot] = x.ID
 	}
-	have.ifindex, have.program, have.rev, have.off = x.Ifindex, x.Program, x.Rev, false
+	have.ifindex, have.off = x.Ifindex, false
+	m.put(x.ID, have, x.Program, x.Rev, x.Learned)
 	return nil
 }
 
-func (e egress) SetPolicy(id string, _ uint32, prog netpol.Program, rev uint64) error {
+// put gives a program a policy. The caller holds mu.
+func (m *Machine) put(id string, have *programState, prog netpol.Program, rev uint64, learned []netpol.Learned) {
+	for _, b := range prog.Budgets {
+		if _, ok := m.budgets[budgetOf(b, have.slot)]; !ok {
+			m.violate("policy of %s names a budget of %s that nobody has set", id, b.Tenant)
+		}
+	}
+	have.program, have.rev, have.learned = prog, rev, map[netip.Addr][]netpol.PortRule{}
+	for _, l := range learned {
+		have.learned[l.Addr] = l.Steps
+	}
+}
+
+func (e egress) SetPolicy(id string, _ uint32, prog netpol.Program, rev uint64, learned []netpol.Learned) error {
 	if err := e.p.enter("egress.SetPolicy", id); err != nil {
 		return err
 	}
@@ -170,7 +118,7 @@ func (e egress) SetPolicy(id string, _ uint32, prog netpol.Program, rev uint64) 
 	if have == nil {
 		return fmt.Errorf("policy of %s: %w", id, fs.ErrNotExist)
 	}
-	have.program, have.rev = prog, rev
+	m.put(id, have, prog, rev, learned)
 	return nil
 }
 
@@ -212,6 +160,11 @@ func (e egress) Detach(id string, _ uint32) error {
 	if have := m.programs[id]; have != nil {
 		if l := m.links[id]; l != nil && l.up {
 			m.violate("program of %s is taken off while its link is up", id)
+		}
+		for key := range m.budgets {
+			if key.slot == have.slot {
+				delete(m.budgets, key)
+			}
 		}
 		delete(m.slots, have.slot)
 		delete(m.programs, id)
@@ -410,6 +363,9 @@ func (t task) Start(ctx context.Context) error {
 	if m.passes(id) == nil {
 		m.violate("%s was started while it was not enforced", id)
 	}
+	if kernel := m.programs[id]; kernel != nil && t.p.resolver(id) == nil && slices.ContainsFunc(kernel.program.Names, func(n netpol.NameRule) bool { return !n.Deny }) {
+		m.violate("%s may use names and was started without its resolver", id)
+	}
 	m.started[id] = true
 	if m.busy > 0 {
 		period := m.busy
@@ -453,6 +409,13 @@ func (s store) Put(rec sandbox.Record) error {
 		return err
 	}
 	return s.p.store.Put(rec)
+}
+
+func (s store) PutAll(recs []sandbox.Record) error {
+	if err := s.p.enter("store.PutAll", ""); err != nil {
+		return err
+	}
+	return s.p.store.PutAll(recs)
 }
 
 func (s store) Load() ([]sandbox.Record, error) {

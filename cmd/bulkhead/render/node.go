@@ -28,8 +28,10 @@ func Node(w io.Writer, n *nodev1.NodeInfoResponse) error {
 		{"Kernel", n.GetKernel()},
 		{"containerd", n.GetContainerdVersion()},
 		{"Cgroups", n.GetCgroupMode()},
-		{"Egress", hook(n.GetEgressHook())},
-		{"Sandboxes", strconv.FormatInt(n.GetSandboxes(), 10)},
+		{"Egress", egress(n)},
+		{"Published ports", orOff(n.GetPublishPorts())},
+		{"Resolver", resolver(n.GetResolverUpstreams())},
+		{"Sandboxes", sandboxes(n)},
 		{"CPU", fmt.Sprintf("%s of %s reserved", CPU(n.GetCpuMillisUsed()), CPU(n.GetCpuMillis()))},
 		{"Memory", fmt.Sprintf("%s of %s reserved", Size(n.GetMemoryBytesUsed()), Size(n.GetMemoryBytes()))},
 		{"Enforced", enforced(n.GetNotEnforced())},
@@ -45,6 +47,50 @@ func hook(h string) string {
 		return "no hook"
 	}
 	return h + ", deny by default"
+}
+
+// sandboxes says how many there are, and how many of them need a look.
+func sandboxes(n *nodev1.NodeInfoResponse) string {
+	line := strconv.FormatInt(n.GetSandboxes(), 10)
+	for _, x := range []struct {
+		n    uint32
+		what string
+	}{
+		{n.GetDegraded(), "NOT ENFORCED"},
+		{n.GetBlocked(), "with a budget that is spent"},
+		{n.GetAuditing(), "in audit mode"},
+	} {
+		if x.n > 0 {
+			line += fmt.Sprintf(", %d %s", x.n, x.what)
+		}
+	}
+	return line
+}
+
+// egress says how it is enforced.
+func egress(n *nodev1.NodeInfoResponse) string {
+	line := hook(n.GetEgressHook())
+	if m := n.GetMaxConnections(); m > 0 {
+		line += fmt.Sprintf("; at most %d connections of a sandbox", m)
+	}
+	if lost := n.GetFlowEventsLost(); lost > 0 {
+		line += fmt.Sprintf("; %d entries of flow logs lost", lost)
+	}
+	return line
+}
+
+func orOff(ports string) string {
+	if ports == "" {
+		return "off"
+	}
+	return ports
+}
+
+func resolver(upstreams []string) string {
+	if len(upstreams) == 0 {
+		return "no upstream: names do not resolve"
+	}
+	return strings.Join(upstreams, ", ")
 }
 
 func enforced(missing []string) string {

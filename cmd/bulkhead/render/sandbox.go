@@ -17,13 +17,13 @@ import (
 )
 
 // SandboxHeader heads the rows of SandboxRow.
-var SandboxHeader = []string{"ID", "NAME", "TENANT", "IMAGE", "STATE", "CPU", "MEMORY", "CREATED"}
+var SandboxHeader = []string{"ID", "NAME", "TENANT", "IMAGE", "STATE", "CPU", "MEMORY", "PORTS", "CREATED"}
 
 // SandboxRow is one line of ls.
 func SandboxRow(s *sandboxv1.Sandbox) []string {
 	spec, limits := s.GetSpec(), s.GetSpec().GetLimits()
 	return []string{s.GetId(), spec.GetName(), spec.GetTenant(), spec.GetImage(), State(s),
-		orNone(limits.GetCpuMillis(), CPU), orNone(limits.GetMemoryBytes(), Size[int64]), Time(s.GetCreatedNs())}
+		orNone(limits.GetCpuMillis(), CPU), orNone(limits.GetMemoryBytes(), Size[int64]), Published(spec.GetPublish()), Time(s.GetCreatedNs())}
 }
 
 func orNone(n int64, format func(int64) string) string {
@@ -33,11 +33,14 @@ func orNone(n int64, format func(int64) string) string {
 	return format(n)
 }
 
-// State is the state in a word or two, with why it ended.
+// State is the state in a word or two, with why it ended or what is wrong.
 func State(s *sandboxv1.Sandbox) string {
 	word := strings.ToLower(strings.TrimPrefix(s.GetState().String(), "STATE_"))
 	e := s.GetExit()
 	if e == nil || s.GetState() != sandboxv1.State_STATE_STOPPED {
+		if odd := oddities(s); len(odd) > 0 {
+			word += " (" + strings.Join(odd, ", ") + ")"
+		}
 		return word
 	}
 	switch e.GetReason() {
@@ -57,6 +60,21 @@ func State(s *sandboxv1.Sandbox) string {
 		return word + " (lost)"
 	}
 	return word
+}
+
+// oddities says in a few words what is out of the ordinary with its egress.
+func oddities(s *sandboxv1.Sandbox) []string {
+	var out []string
+	if s.GetDegraded() != "" {
+		out = append(out, "NOT ENFORCED")
+	}
+	if len(s.GetBlocked()) > 0 {
+		out = append(out, "budget spent")
+	}
+	if s.GetAudit() {
+		out = append(out, "audit")
+	}
+	return out
 }
 
 func orUnknown(s string) string {
@@ -121,20 +139,14 @@ func Report(w io.Writer, r *nodev1.GetResponse) error {
 	}
 	var rows [][]string
 	for _, c := range r.GetRules() {
-		rows = append(rows, []string{c.GetTenant(), c.GetRule(), count(c.GetPackets()), bytesCell(c.GetBytes())})
+		rows = append(rows, []string{c.GetTenant(), c.GetRule(), count(c.GetPackets()), bytesCell(c.GetBytes()), Time(c.GetLastEventNs())})
 	}
 	if len(rows) > 0 {
-		p.table("Rules", []string{"TENANT", "RULE", "PACKETS", "BYTES"}, rows)
+		p.table("Rules", []string{"TENANT", "RULE", "PACKETS", "BYTES", "LAST"}, rows)
 	} else if s.GetExit() == nil {
 		p.line("\nRules: none, so nothing may leave")
 	}
-	rows = nil
-	for _, c := range r.GetDrops() {
-		rows = append(rows, []string{c.GetReason(), count(c.GetPackets()), bytesCell(c.GetBytes())})
-	}
-	if len(rows) > 0 {
-		p.table("Dropped", []string{"REASON", "PACKETS", "BYTES"}, rows)
-	}
+	dropTable(p, r.GetDrops())
 	p.text(fmt.Sprintf("Policy in force (revision %d)", s.GetPolicyRev()), r.GetPolicy())
 	rows = nil
 	for _, e := range r.GetEvents() {
@@ -172,6 +184,8 @@ func summary(s *sandboxv1.Sandbox) [][2]string {
 		{"Limits", limitsLine(limits)},
 		{"Lifetime", lifetimeLine(s)},
 		{"Addresses", strings.Join(s.GetAddresses(), ", ")},
+		{"Published", Published(spec.GetPublish())},
+		{"Egress", egressLine(s)},
 		{"Workload", spec.GetWorkloadRef()},
 		{"Labels", labelsLine(spec.GetLabels())},
 		{"Created", Time(s.GetCreatedNs()) + " by " + orUnknown(s.GetCreatedBy())},
@@ -199,6 +213,19 @@ func stateLine(s *sandboxv1.Sandbox) string {
 		return word + ", command started at " + Time(s.GetStartedNs())
 	}
 	return word
+}
+
+// egressLine is empty if there is nothing to say but that it is enforced.
+func egressLine(s *sandboxv1.Sandbox) string {
+	var out []string
+	if s.GetDegraded() != "" {
+		out = append(out, "NOT ENFORCED AS IT SHOULD BE: "+s.GetDegraded())
+	}
+	out = append(out, s.GetBlocked()...)
+	if s.GetAudit() {
+		out = append(out, "audit mode: some of what would be denied passes, and is recorded")
+	}
+	return strings.Join(out, "; ")
 }
 
 func limitsLine(l *sandboxv1.Limits) string {

@@ -563,6 +563,7 @@ type RuleCounter struct {
 	Rule          string                 `protobuf:"bytes,2,opt,name=rule,proto3" json:"rule,omitempty"`
 	Packets       uint64                 `protobuf:"varint,3,opt,name=packets,proto3" json:"packets,omitempty"`
 	Bytes         uint64                 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	LastEventNs   int64                  `protobuf:"varint,5,opt,name=last_event_ns,json=lastEventNs,proto3" json:"last_event_ns,omitempty"` // of the flow log; 0: none since the log began
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -625,62 +626,9 @@ func (x *RuleCounter) GetBytes() uint64 {
 	return 0
 }
 
-type DropCounter struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
-	Packets       uint64                 `protobuf:"varint,2,opt,name=packets,proto3" json:"packets,omitempty"`
-	Bytes         uint64                 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *DropCounter) Reset() {
-	*x = DropCounter{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[8]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *DropCounter) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*DropCounter) ProtoMessage() {}
-
-func (x *DropCounter) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[8]
+func (x *RuleCounter) GetLastEventNs() int64 {
 	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use DropCounter.ProtoReflect.Descriptor instead.
-func (*DropCounter) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{8}
-}
-
-func (x *DropCounter) GetReason() string {
-	if x != nil {
-		return x.Reason
-	}
-	return ""
-}
-
-func (x *DropCounter) GetPackets() uint64 {
-	if x != nil {
-		return x.Packets
-	}
-	return 0
-}
-
-func (x *DropCounter) GetBytes() uint64 {
-	if x != nil {
-		return x.Bytes
+		return x.LastEventNs
 	}
 	return 0
 }
@@ -695,7 +643,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[9]
+	mi := &file_proto_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -707,7 +655,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[9]
+	mi := &file_proto_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -720,7 +668,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListRequest) GetTenant() string {
@@ -746,7 +694,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[10]
+	mi := &file_proto_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -758,7 +706,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[10]
+	mi := &file_proto_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -771,7 +719,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListResponse) GetSandboxes() []*v1.Sandbox {
@@ -790,7 +738,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -802,7 +750,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -815,7 +763,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchRequest) GetTenant() string {
@@ -836,7 +784,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +796,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +809,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchResponse) GetSandbox() *v1.Sandbox {
@@ -895,7 +843,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +855,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +868,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopRequest) GetRef() string {
@@ -946,7 +894,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +906,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +919,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StopResponse) GetSandbox() *v1.Sandbox {
@@ -991,7 +939,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +951,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +964,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteRequest) GetRef() string {
@@ -1041,7 +989,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1001,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1014,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 type WaitRequest struct {
@@ -1078,7 +1026,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1038,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1051,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WaitRequest) GetRef() string {
@@ -1122,7 +1070,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1082,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1095,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WaitResponse) GetSandbox() *v1.Sandbox {
@@ -1168,7 +1116,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1180,7 +1128,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1193,7 +1141,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LogsRequest) GetRef() string {
@@ -1228,7 +1176,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1240,7 +1188,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1253,7 +1201,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogsResponse) GetStream() Stream {
@@ -1293,7 +1241,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1253,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1266,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecStart) GetRef() string {
@@ -1387,7 +1335,7 @@ type Resize struct {
 
 func (x *Resize) Reset() {
 	*x = Resize{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1347,7 @@ func (x *Resize) String() string {
 func (*Resize) ProtoMessage() {}
 
 func (x *Resize) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1360,7 @@ func (x *Resize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resize.ProtoReflect.Descriptor instead.
 func (*Resize) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Resize) GetRows() uint32 {
@@ -1445,7 +1393,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1405,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1418,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecRequest) GetMessage() isExecRequest_Message {
@@ -1574,7 +1522,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +1534,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +1547,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecResponse) GetMessage() isExecResponse_Message {
@@ -1673,158 +1621,6 @@ func (*ExecResponse_ExitCode) isExecResponse_Message() {}
 
 func (*ExecResponse_Started) isExecResponse_Message() {}
 
-type ExplainRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
-	Protocol      string                 `protobuf:"bytes,2,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp, udp, icmp
-	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
-	Port          uint32                 `protobuf:"varint,4,opt,name=port,proto3" json:"port,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ExplainRequest) Reset() {
-	*x = ExplainRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ExplainRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ExplainRequest) ProtoMessage() {}
-
-func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
-func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
-}
-
-func (x *ExplainRequest) GetRef() string {
-	if x != nil {
-		return x.Ref
-	}
-	return ""
-}
-
-func (x *ExplainRequest) GetProtocol() string {
-	if x != nil {
-		return x.Protocol
-	}
-	return ""
-}
-
-func (x *ExplainRequest) GetAddress() string {
-	if x != nil {
-		return x.Address
-	}
-	return ""
-}
-
-func (x *ExplainRequest) GetPort() uint32 {
-	if x != nil {
-		return x.Port
-	}
-	return 0
-}
-
-type ExplainResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Allowed       bool                   `protobuf:"varint,1,opt,name=allowed,proto3" json:"allowed,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // allow, no_rule, rule_deny, metadata, link_local, host, sandbox, ...
-	Rule          string                 `protobuf:"bytes,3,opt,name=rule,proto3" json:"rule,omitempty"`     // empty if none matched
-	Tenant        string                 `protobuf:"bytes,4,opt,name=tenant,proto3" json:"tenant,omitempty"` // whose rule; "bulkhead" for hard denies
-	Detail        string                 `protobuf:"bytes,5,opt,name=detail,proto3" json:"detail,omitempty"` // one sentence
-	PolicyRev     uint64                 `protobuf:"varint,6,opt,name=policy_rev,json=policyRev,proto3" json:"policy_rev,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ExplainResponse) Reset() {
-	*x = ExplainResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ExplainResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ExplainResponse) ProtoMessage() {}
-
-func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
-func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
-}
-
-func (x *ExplainResponse) GetAllowed() bool {
-	if x != nil {
-		return x.Allowed
-	}
-	return false
-}
-
-func (x *ExplainResponse) GetReason() string {
-	if x != nil {
-		return x.Reason
-	}
-	return ""
-}
-
-func (x *ExplainResponse) GetRule() string {
-	if x != nil {
-		return x.Rule
-	}
-	return ""
-}
-
-func (x *ExplainResponse) GetTenant() string {
-	if x != nil {
-		return x.Tenant
-	}
-	return ""
-}
-
-func (x *ExplainResponse) GetDetail() string {
-	if x != nil {
-		return x.Detail
-	}
-	return ""
-}
-
-func (x *ExplainResponse) GetPolicyRev() uint64 {
-	if x != nil {
-		return x.PolicyRev
-	}
-	return 0
-}
-
 type NodeInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1833,7 +1629,7 @@ type NodeInfoRequest struct {
 
 func (x *NodeInfoRequest) Reset() {
 	*x = NodeInfoRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +1641,7 @@ func (x *NodeInfoRequest) String() string {
 func (*NodeInfoRequest) ProtoMessage() {}
 
 func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +1654,7 @@ func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoRequest.ProtoReflect.Descriptor instead.
 func (*NodeInfoRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 type NodeInfoResponse struct {
@@ -1879,13 +1675,20 @@ type NodeInfoResponse struct {
 	Warnings          []string               `protobuf:"bytes,14,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	Pid               int64                  `protobuf:"varint,15,opt,name=pid,proto3" json:"pid,omitempty"`
 	StartedNs         int64                  `protobuf:"varint,16,opt,name=started_ns,json=startedNs,proto3" json:"started_ns,omitempty"`
+	PublishPorts      string                 `protobuf:"bytes,17,opt,name=publish_ports,json=publishPorts,proto3" json:"publish_ports,omitempty"`        // host ports that may be published, as 30000-30999; empty: none
+	MaxConnections    uint32                 `protobuf:"varint,18,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"` // of one sandbox
+	ResolverUpstreams []string               `protobuf:"bytes,19,rep,name=resolver_upstreams,json=resolverUpstreams,proto3" json:"resolver_upstreams,omitempty"`
+	FlowEventsLost    uint64                 `protobuf:"varint,20,opt,name=flow_events_lost,json=flowEventsLost,proto3" json:"flow_events_lost,omitempty"` // entries of flow logs that the kernel had no room for
+	Degraded          uint32                 `protobuf:"varint,21,opt,name=degraded,proto3" json:"degraded,omitempty"`                                     // sandboxes that are not enforced as they should be
+	Auditing          uint32                 `protobuf:"varint,22,opt,name=auditing,proto3" json:"auditing,omitempty"`                                     // sandboxes with a policy in audit mode
+	Blocked           uint32                 `protobuf:"varint,23,opt,name=blocked,proto3" json:"blocked,omitempty"`                                       // sandboxes with a budget that is spent
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
 
 func (x *NodeInfoResponse) Reset() {
 	*x = NodeInfoResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +1700,7 @@ func (x *NodeInfoResponse) String() string {
 func (*NodeInfoResponse) ProtoMessage() {}
 
 func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +1713,7 @@ func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoResponse.ProtoReflect.Descriptor instead.
 func (*NodeInfoResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NodeInfoResponse) GetNodeId() string {
@@ -2025,6 +1828,55 @@ func (x *NodeInfoResponse) GetStartedNs() int64 {
 	return 0
 }
 
+func (x *NodeInfoResponse) GetPublishPorts() string {
+	if x != nil {
+		return x.PublishPorts
+	}
+	return ""
+}
+
+func (x *NodeInfoResponse) GetMaxConnections() uint32 {
+	if x != nil {
+		return x.MaxConnections
+	}
+	return 0
+}
+
+func (x *NodeInfoResponse) GetResolverUpstreams() []string {
+	if x != nil {
+		return x.ResolverUpstreams
+	}
+	return nil
+}
+
+func (x *NodeInfoResponse) GetFlowEventsLost() uint64 {
+	if x != nil {
+		return x.FlowEventsLost
+	}
+	return 0
+}
+
+func (x *NodeInfoResponse) GetDegraded() uint32 {
+	if x != nil {
+		return x.Degraded
+	}
+	return 0
+}
+
+func (x *NodeInfoResponse) GetAuditing() uint32 {
+	if x != nil {
+		return x.Auditing
+	}
+	return 0
+}
+
+func (x *NodeInfoResponse) GetBlocked() uint32 {
+	if x != nil {
+		return x.Blocked
+	}
+	return 0
+}
+
 type Spool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	FirstSeq      uint64                 `protobuf:"varint,1,opt,name=first_seq,json=firstSeq,proto3" json:"first_seq,omitempty"` // oldest record kept
@@ -2041,7 +1893,7 @@ type Spool struct {
 
 func (x *Spool) Reset() {
 	*x = Spool{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2053,7 +1905,7 @@ func (x *Spool) String() string {
 func (*Spool) ProtoMessage() {}
 
 func (x *Spool) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2066,7 +1918,7 @@ func (x *Spool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Spool.ProtoReflect.Descriptor instead.
 func (*Spool) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{29}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Spool) GetFirstSeq() uint64 {
@@ -2135,7 +1987,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[30]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +1999,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[30]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2012,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{30}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *UsageRequest) GetTenant() string {
@@ -2192,7 +2044,7 @@ type UsageRow struct {
 
 func (x *UsageRow) Reset() {
 	*x = UsageRow{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[31]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2204,7 +2056,7 @@ func (x *UsageRow) String() string {
 func (*UsageRow) ProtoMessage() {}
 
 func (x *UsageRow) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[31]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2217,7 +2069,7 @@ func (x *UsageRow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRow.ProtoReflect.Descriptor instead.
 func (*UsageRow) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{31}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UsageRow) GetTenant() string {
@@ -2278,7 +2130,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[32]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2142,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[32]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2155,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{32}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UsageResponse) GetRows() []*UsageRow {
@@ -2321,7 +2173,7 @@ type ListTenantsRequest struct {
 
 func (x *ListTenantsRequest) Reset() {
 	*x = ListTenantsRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[33]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2185,7 @@ func (x *ListTenantsRequest) String() string {
 func (*ListTenantsRequest) ProtoMessage() {}
 
 func (x *ListTenantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[33]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2198,7 @@ func (x *ListTenantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTenantsRequest.ProtoReflect.Descriptor instead.
 func (*ListTenantsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{33}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{30}
 }
 
 type Quota struct {
@@ -2361,7 +2213,7 @@ type Quota struct {
 
 func (x *Quota) Reset() {
 	*x = Quota{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[34]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2373,7 +2225,7 @@ func (x *Quota) String() string {
 func (*Quota) ProtoMessage() {}
 
 func (x *Quota) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[34]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2386,7 +2238,7 @@ func (x *Quota) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quota.ProtoReflect.Descriptor instead.
 func (*Quota) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{34}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Quota) GetCpuMillis() int64 {
@@ -2430,7 +2282,7 @@ type Tenant struct {
 
 func (x *Tenant) Reset() {
 	*x = Tenant{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[35]
+	mi := &file_proto_node_v1_node_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2294,7 @@ func (x *Tenant) String() string {
 func (*Tenant) ProtoMessage() {}
 
 func (x *Tenant) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[35]
+	mi := &file_proto_node_v1_node_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2307,7 @@ func (x *Tenant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tenant.ProtoReflect.Descriptor instead.
 func (*Tenant) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{35}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Tenant) GetPath() string {
@@ -2502,7 +2354,7 @@ type ListTenantsResponse struct {
 
 func (x *ListTenantsResponse) Reset() {
 	*x = ListTenantsResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[36]
+	mi := &file_proto_node_v1_node_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2514,7 +2366,7 @@ func (x *ListTenantsResponse) String() string {
 func (*ListTenantsResponse) ProtoMessage() {}
 
 func (x *ListTenantsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[36]
+	mi := &file_proto_node_v1_node_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2527,7 +2379,7 @@ func (x *ListTenantsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTenantsResponse.ProtoReflect.Descriptor instead.
 func (*ListTenantsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{36}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListTenantsResponse) GetTenants() []*Tenant {
@@ -2545,7 +2397,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[37]
+	mi := &file_proto_node_v1_node_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2409,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[37]
+	mi := &file_proto_node_v1_node_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2422,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{37}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{34}
 }
 
 type ReloadResponse struct {
@@ -2583,7 +2435,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[38]
+	mi := &file_proto_node_v1_node_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2595,7 +2447,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[38]
+	mi := &file_proto_node_v1_node_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2608,7 +2460,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{38}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ReloadResponse) GetTenants() uint32 {
@@ -2634,7 +2486,7 @@ type ImportImageRequest struct {
 
 func (x *ImportImageRequest) Reset() {
 	*x = ImportImageRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[39]
+	mi := &file_proto_node_v1_node_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +2498,7 @@ func (x *ImportImageRequest) String() string {
 func (*ImportImageRequest) ProtoMessage() {}
 
 func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[39]
+	mi := &file_proto_node_v1_node_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +2511,7 @@ func (x *ImportImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageRequest.ProtoReflect.Descriptor instead.
 func (*ImportImageRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{39}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ImportImageRequest) GetChunk() []byte {
@@ -2678,7 +2530,7 @@ type ImportImageResponse struct {
 
 func (x *ImportImageResponse) Reset() {
 	*x = ImportImageResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[40]
+	mi := &file_proto_node_v1_node_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2690,7 +2542,7 @@ func (x *ImportImageResponse) String() string {
 func (*ImportImageResponse) ProtoMessage() {}
 
 func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[40]
+	mi := &file_proto_node_v1_node_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2703,7 +2555,7 @@ func (x *ImportImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportImageResponse.ProtoReflect.Descriptor instead.
 func (*ImportImageResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{40}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ImportImageResponse) GetImages() []*Image {
@@ -2723,7 +2575,7 @@ type PullImageRequest struct {
 
 func (x *PullImageRequest) Reset() {
 	*x = PullImageRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[41]
+	mi := &file_proto_node_v1_node_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2735,7 +2587,7 @@ func (x *PullImageRequest) String() string {
 func (*PullImageRequest) ProtoMessage() {}
 
 func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[41]
+	mi := &file_proto_node_v1_node_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2748,7 +2600,7 @@ func (x *PullImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageRequest.ProtoReflect.Descriptor instead.
 func (*PullImageRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{41}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PullImageRequest) GetReference() string {
@@ -2774,7 +2626,7 @@ type PullImageResponse struct {
 
 func (x *PullImageResponse) Reset() {
 	*x = PullImageResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[42]
+	mi := &file_proto_node_v1_node_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2786,7 +2638,7 @@ func (x *PullImageResponse) String() string {
 func (*PullImageResponse) ProtoMessage() {}
 
 func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[42]
+	mi := &file_proto_node_v1_node_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2799,7 +2651,7 @@ func (x *PullImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullImageResponse.ProtoReflect.Descriptor instead.
 func (*PullImageResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{42}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PullImageResponse) GetImage() *Image {
@@ -2817,7 +2669,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[43]
+	mi := &file_proto_node_v1_node_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2829,7 +2681,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[43]
+	mi := &file_proto_node_v1_node_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2842,7 +2694,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{43}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{40}
 }
 
 type ListImagesResponse struct {
@@ -2854,7 +2706,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[44]
+	mi := &file_proto_node_v1_node_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2866,7 +2718,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[44]
+	mi := &file_proto_node_v1_node_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2879,7 +2731,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{44}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -2901,7 +2753,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[45]
+	mi := &file_proto_node_v1_node_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2913,7 +2765,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[45]
+	mi := &file_proto_node_v1_node_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2926,7 +2778,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{45}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Image) GetReference() string {
@@ -2961,7 +2813,7 @@ var File_proto_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x18proto/node/v1/node.proto\x12\x10bulkhead.node.v1\x1a\x1eproto/sandbox/v1/sandbox.proto\"\xa8\x01\n" +
+	"\x18proto/node/v1/node.proto\x12\x10bulkhead.node.v1\x1a\x1aproto/node/v1/egress.proto\x1a\x1eproto/sandbox/v1/sandbox.proto\"\xa8\x01\n" +
 	"\x06Denial\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x1a\n" +
 	"\bresource\x18\x02 \x01(\tR\bresource\x12\x14\n" +
@@ -2997,16 +2849,13 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x05Event\x12\x17\n" +
 	"\atime_ns\x18\x01 \x01(\x03R\x06timeNs\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"i\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\x8d\x01\n" +
 	"\vRuleCounter\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x12\n" +
 	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x18\n" +
 	"\apackets\x18\x03 \x01(\x04R\apackets\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\"U\n" +
-	"\vDropCounter\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
-	"\apackets\x18\x02 \x01(\x04R\apackets\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\"7\n" +
+	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\x12\"\n" +
+	"\rlast_event_ns\x18\x05 \x01(\x03R\vlastEventNs\"7\n" +
 	"\vListRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\"J\n" +
@@ -3064,21 +2913,8 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x1d\n" +
 	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCode\x12\x1a\n" +
 	"\astarted\x18\x04 \x01(\bH\x00R\astartedB\t\n" +
-	"\amessage\"l\n" +
-	"\x0eExplainRequest\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1a\n" +
-	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x18\n" +
-	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x12\n" +
-	"\x04port\x18\x04 \x01(\rR\x04port\"\xa6\x01\n" +
-	"\x0fExplainResponse\x12\x18\n" +
-	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04rule\x18\x03 \x01(\tR\x04rule\x12\x16\n" +
-	"\x06tenant\x18\x04 \x01(\tR\x06tenant\x12\x16\n" +
-	"\x06detail\x18\x05 \x01(\tR\x06detail\x12\x1d\n" +
-	"\n" +
-	"policy_rev\x18\x06 \x01(\x04R\tpolicyRev\"\x11\n" +
-	"\x0fNodeInfoRequest\"\xa1\x04\n" +
+	"\amessage\"\x11\n" +
+	"\x0fNodeInfoRequest\"\x9a\x06\n" +
 	"\x10NodeInfoResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x16\n" +
@@ -3100,7 +2936,14 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\bwarnings\x18\x0e \x03(\tR\bwarnings\x12\x10\n" +
 	"\x03pid\x18\x0f \x01(\x03R\x03pid\x12\x1d\n" +
 	"\n" +
-	"started_ns\x18\x10 \x01(\x03R\tstartedNs\"\xe2\x01\n" +
+	"started_ns\x18\x10 \x01(\x03R\tstartedNs\x12#\n" +
+	"\rpublish_ports\x18\x11 \x01(\tR\fpublishPorts\x12'\n" +
+	"\x0fmax_connections\x18\x12 \x01(\rR\x0emaxConnections\x12-\n" +
+	"\x12resolver_upstreams\x18\x13 \x03(\tR\x11resolverUpstreams\x12(\n" +
+	"\x10flow_events_lost\x18\x14 \x01(\x04R\x0eflowEventsLost\x12\x1a\n" +
+	"\bdegraded\x18\x15 \x01(\rR\bdegraded\x12\x1a\n" +
+	"\bauditing\x18\x16 \x01(\rR\bauditing\x12\x18\n" +
+	"\ablocked\x18\x17 \x01(\rR\ablocked\"\xe2\x01\n" +
 	"\x05Spool\x12\x1b\n" +
 	"\tfirst_seq\x18\x01 \x01(\x04R\bfirstSeq\x12\x19\n" +
 	"\blast_seq\x18\x02 \x01(\x04R\alastSeq\x12\x1b\n" +
@@ -3167,7 +3010,7 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x022\x89\v\n" +
+	"\rSTREAM_STDERR\x10\x022\x96\r\n" +
 	"\x04Node\x12K\n" +
 	"\x06Create\x12\x1f.bulkhead.node.v1.CreateRequest\x1a .bulkhead.node.v1.CreateResponse\x12B\n" +
 	"\x03Get\x12\x1c.bulkhead.node.v1.GetRequest\x1a\x1d.bulkhead.node.v1.GetResponse\x12E\n" +
@@ -3179,7 +3022,10 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x04Logs\x12\x1d.bulkhead.node.v1.LogsRequest\x1a\x1e.bulkhead.node.v1.LogsResponse0\x01\x12K\n" +
 	"\x06Attach\x12\x1d.bulkhead.node.v1.ExecRequest\x1a\x1e.bulkhead.node.v1.ExecResponse(\x010\x01\x12I\n" +
 	"\x04Exec\x12\x1d.bulkhead.node.v1.ExecRequest\x1a\x1e.bulkhead.node.v1.ExecResponse(\x010\x01\x12N\n" +
-	"\aExplain\x12 .bulkhead.node.v1.ExplainRequest\x1a!.bulkhead.node.v1.ExplainResponse\x12Q\n" +
+	"\aExplain\x12 .bulkhead.node.v1.ExplainRequest\x1a!.bulkhead.node.v1.ExplainResponse\x12J\n" +
+	"\x05Flows\x12\x1e.bulkhead.node.v1.FlowsRequest\x1a\x1f.bulkhead.node.v1.FlowsResponse0\x01\x12]\n" +
+	"\fPolicyStatus\x12%.bulkhead.node.v1.PolicyStatusRequest\x1a&.bulkhead.node.v1.PolicyStatusResponse\x12`\n" +
+	"\rPolicySuggest\x12&.bulkhead.node.v1.PolicySuggestRequest\x1a'.bulkhead.node.v1.PolicySuggestResponse\x12Q\n" +
 	"\bNodeInfo\x12!.bulkhead.node.v1.NodeInfoRequest\x1a\".bulkhead.node.v1.NodeInfoResponse\x12H\n" +
 	"\x05Usage\x12\x1e.bulkhead.node.v1.UsageRequest\x1a\x1f.bulkhead.node.v1.UsageResponse\x12Z\n" +
 	"\vListTenants\x12$.bulkhead.node.v1.ListTenantsRequest\x1a%.bulkhead.node.v1.ListTenantsResponse\x12K\n" +
@@ -3202,119 +3048,131 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_proto_node_v1_node_proto_goTypes = []any{
-	(Stream)(0),                 // 0: bulkhead.node.v1.Stream
-	(*Denial)(nil),              // 1: bulkhead.node.v1.Denial
-	(*CreateRequest)(nil),       // 2: bulkhead.node.v1.CreateRequest
-	(*CreateResponse)(nil),      // 3: bulkhead.node.v1.CreateResponse
-	(*GetRequest)(nil),          // 4: bulkhead.node.v1.GetRequest
-	(*GetResponse)(nil),         // 5: bulkhead.node.v1.GetResponse
-	(*Network)(nil),             // 6: bulkhead.node.v1.Network
-	(*Event)(nil),               // 7: bulkhead.node.v1.Event
-	(*RuleCounter)(nil),         // 8: bulkhead.node.v1.RuleCounter
-	(*DropCounter)(nil),         // 9: bulkhead.node.v1.DropCounter
-	(*ListRequest)(nil),         // 10: bulkhead.node.v1.ListRequest
-	(*ListResponse)(nil),        // 11: bulkhead.node.v1.ListResponse
-	(*WatchRequest)(nil),        // 12: bulkhead.node.v1.WatchRequest
-	(*WatchResponse)(nil),       // 13: bulkhead.node.v1.WatchResponse
-	(*StopRequest)(nil),         // 14: bulkhead.node.v1.StopRequest
-	(*StopResponse)(nil),        // 15: bulkhead.node.v1.StopResponse
-	(*DeleteRequest)(nil),       // 16: bulkhead.node.v1.DeleteRequest
-	(*DeleteResponse)(nil),      // 17: bulkhead.node.v1.DeleteResponse
-	(*WaitRequest)(nil),         // 18: bulkhead.node.v1.WaitRequest
-	(*WaitResponse)(nil),        // 19: bulkhead.node.v1.WaitResponse
-	(*LogsRequest)(nil),         // 20: bulkhead.node.v1.LogsRequest
-	(*LogsResponse)(nil),        // 21: bulkhead.node.v1.LogsResponse
-	(*ExecStart)(nil),           // 22: bulkhead.node.v1.ExecStart
-	(*Resize)(nil),              // 23: bulkhead.node.v1.Resize
-	(*ExecRequest)(nil),         // 24: bulkhead.node.v1.ExecRequest
-	(*ExecResponse)(nil),        // 25: bulkhead.node.v1.ExecResponse
-	(*ExplainRequest)(nil),      // 26: bulkhead.node.v1.ExplainRequest
-	(*ExplainResponse)(nil),     // 27: bulkhead.node.v1.ExplainResponse
-	(*NodeInfoRequest)(nil),     // 28: bulkhead.node.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),    // 29: bulkhead.node.v1.NodeInfoResponse
-	(*Spool)(nil),               // 30: bulkhead.node.v1.Spool
-	(*UsageRequest)(nil),        // 31: bulkhead.node.v1.UsageRequest
-	(*UsageRow)(nil),            // 32: bulkhead.node.v1.UsageRow
-	(*UsageResponse)(nil),       // 33: bulkhead.node.v1.UsageResponse
-	(*ListTenantsRequest)(nil),  // 34: bulkhead.node.v1.ListTenantsRequest
-	(*Quota)(nil),               // 35: bulkhead.node.v1.Quota
-	(*Tenant)(nil),              // 36: bulkhead.node.v1.Tenant
-	(*ListTenantsResponse)(nil), // 37: bulkhead.node.v1.ListTenantsResponse
-	(*ReloadRequest)(nil),       // 38: bulkhead.node.v1.ReloadRequest
-	(*ReloadResponse)(nil),      // 39: bulkhead.node.v1.ReloadResponse
-	(*ImportImageRequest)(nil),  // 40: bulkhead.node.v1.ImportImageRequest
-	(*ImportImageResponse)(nil), // 41: bulkhead.node.v1.ImportImageResponse
-	(*PullImageRequest)(nil),    // 42: bulkhead.node.v1.PullImageRequest
-	(*PullImageResponse)(nil),   // 43: bulkhead.node.v1.PullImageResponse
-	(*ListImagesRequest)(nil),   // 44: bulkhead.node.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),  // 45: bulkhead.node.v1.ListImagesResponse
-	(*Image)(nil),               // 46: bulkhead.node.v1.Image
-	(*v1.Spec)(nil),             // 47: bulkhead.sandbox.v1.Spec
-	(*v1.Sandbox)(nil),          // 48: bulkhead.sandbox.v1.Sandbox
+	(Stream)(0),                   // 0: bulkhead.node.v1.Stream
+	(*Denial)(nil),                // 1: bulkhead.node.v1.Denial
+	(*CreateRequest)(nil),         // 2: bulkhead.node.v1.CreateRequest
+	(*CreateResponse)(nil),        // 3: bulkhead.node.v1.CreateResponse
+	(*GetRequest)(nil),            // 4: bulkhead.node.v1.GetRequest
+	(*GetResponse)(nil),           // 5: bulkhead.node.v1.GetResponse
+	(*Network)(nil),               // 6: bulkhead.node.v1.Network
+	(*Event)(nil),                 // 7: bulkhead.node.v1.Event
+	(*RuleCounter)(nil),           // 8: bulkhead.node.v1.RuleCounter
+	(*ListRequest)(nil),           // 9: bulkhead.node.v1.ListRequest
+	(*ListResponse)(nil),          // 10: bulkhead.node.v1.ListResponse
+	(*WatchRequest)(nil),          // 11: bulkhead.node.v1.WatchRequest
+	(*WatchResponse)(nil),         // 12: bulkhead.node.v1.WatchResponse
+	(*StopRequest)(nil),           // 13: bulkhead.node.v1.StopRequest
+	(*StopResponse)(nil),          // 14: bulkhead.node.v1.StopResponse
+	(*DeleteRequest)(nil),         // 15: bulkhead.node.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 16: bulkhead.node.v1.DeleteResponse
+	(*WaitRequest)(nil),           // 17: bulkhead.node.v1.WaitRequest
+	(*WaitResponse)(nil),          // 18: bulkhead.node.v1.WaitResponse
+	(*LogsRequest)(nil),           // 19: bulkhead.node.v1.LogsRequest
+	(*LogsResponse)(nil),          // 20: bulkhead.node.v1.LogsResponse
+	(*ExecStart)(nil),             // 21: bulkhead.node.v1.ExecStart
+	(*Resize)(nil),                // 22: bulkhead.node.v1.Resize
+	(*ExecRequest)(nil),           // 23: bulkhead.node.v1.ExecRequest
+	(*ExecResponse)(nil),          // 24: bulkhead.node.v1.ExecResponse
+	(*NodeInfoRequest)(nil),       // 25: bulkhead.node.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),      // 26: bulkhead.node.v1.NodeInfoResponse
+	(*Spool)(nil),                 // 27: bulkhead.node.v1.Spool
+	(*UsageRequest)(nil),          // 28: bulkhead.node.v1.UsageRequest
+	(*UsageRow)(nil),              // 29: bulkhead.node.v1.UsageRow
+	(*UsageResponse)(nil),         // 30: bulkhead.node.v1.UsageResponse
+	(*ListTenantsRequest)(nil),    // 31: bulkhead.node.v1.ListTenantsRequest
+	(*Quota)(nil),                 // 32: bulkhead.node.v1.Quota
+	(*Tenant)(nil),                // 33: bulkhead.node.v1.Tenant
+	(*ListTenantsResponse)(nil),   // 34: bulkhead.node.v1.ListTenantsResponse
+	(*ReloadRequest)(nil),         // 35: bulkhead.node.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 36: bulkhead.node.v1.ReloadResponse
+	(*ImportImageRequest)(nil),    // 37: bulkhead.node.v1.ImportImageRequest
+	(*ImportImageResponse)(nil),   // 38: bulkhead.node.v1.ImportImageResponse
+	(*PullImageRequest)(nil),      // 39: bulkhead.node.v1.PullImageRequest
+	(*PullImageResponse)(nil),     // 40: bulkhead.node.v1.PullImageResponse
+	(*ListImagesRequest)(nil),     // 41: bulkhead.node.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 42: bulkhead.node.v1.ListImagesResponse
+	(*Image)(nil),                 // 43: bulkhead.node.v1.Image
+	(*v1.Spec)(nil),               // 44: bulkhead.sandbox.v1.Spec
+	(*v1.Sandbox)(nil),            // 45: bulkhead.sandbox.v1.Sandbox
+	(*DropCounter)(nil),           // 46: bulkhead.node.v1.DropCounter
+	(*ExplainRequest)(nil),        // 47: bulkhead.node.v1.ExplainRequest
+	(*FlowsRequest)(nil),          // 48: bulkhead.node.v1.FlowsRequest
+	(*PolicyStatusRequest)(nil),   // 49: bulkhead.node.v1.PolicyStatusRequest
+	(*PolicySuggestRequest)(nil),  // 50: bulkhead.node.v1.PolicySuggestRequest
+	(*ExplainResponse)(nil),       // 51: bulkhead.node.v1.ExplainResponse
+	(*FlowsResponse)(nil),         // 52: bulkhead.node.v1.FlowsResponse
+	(*PolicyStatusResponse)(nil),  // 53: bulkhead.node.v1.PolicyStatusResponse
+	(*PolicySuggestResponse)(nil), // 54: bulkhead.node.v1.PolicySuggestResponse
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
-	47, // 0: bulkhead.node.v1.CreateRequest.spec:type_name -> bulkhead.sandbox.v1.Spec
-	48, // 1: bulkhead.node.v1.CreateResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
-	48, // 2: bulkhead.node.v1.GetResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
+	44, // 0: bulkhead.node.v1.CreateRequest.spec:type_name -> bulkhead.sandbox.v1.Spec
+	45, // 1: bulkhead.node.v1.CreateResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
+	45, // 2: bulkhead.node.v1.GetResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
 	6,  // 3: bulkhead.node.v1.GetResponse.network:type_name -> bulkhead.node.v1.Network
 	7,  // 4: bulkhead.node.v1.GetResponse.events:type_name -> bulkhead.node.v1.Event
 	8,  // 5: bulkhead.node.v1.GetResponse.rules:type_name -> bulkhead.node.v1.RuleCounter
-	9,  // 6: bulkhead.node.v1.GetResponse.drops:type_name -> bulkhead.node.v1.DropCounter
-	48, // 7: bulkhead.node.v1.ListResponse.sandboxes:type_name -> bulkhead.sandbox.v1.Sandbox
-	48, // 8: bulkhead.node.v1.WatchResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
-	48, // 9: bulkhead.node.v1.StopResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
-	48, // 10: bulkhead.node.v1.WaitResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
+	46, // 6: bulkhead.node.v1.GetResponse.drops:type_name -> bulkhead.node.v1.DropCounter
+	45, // 7: bulkhead.node.v1.ListResponse.sandboxes:type_name -> bulkhead.sandbox.v1.Sandbox
+	45, // 8: bulkhead.node.v1.WatchResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
+	45, // 9: bulkhead.node.v1.StopResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
+	45, // 10: bulkhead.node.v1.WaitResponse.sandbox:type_name -> bulkhead.sandbox.v1.Sandbox
 	0,  // 11: bulkhead.node.v1.LogsResponse.stream:type_name -> bulkhead.node.v1.Stream
-	22, // 12: bulkhead.node.v1.ExecRequest.start:type_name -> bulkhead.node.v1.ExecStart
-	23, // 13: bulkhead.node.v1.ExecRequest.resize:type_name -> bulkhead.node.v1.Resize
-	30, // 14: bulkhead.node.v1.NodeInfoResponse.spool:type_name -> bulkhead.node.v1.Spool
-	32, // 15: bulkhead.node.v1.UsageResponse.rows:type_name -> bulkhead.node.v1.UsageRow
-	35, // 16: bulkhead.node.v1.Tenant.limit:type_name -> bulkhead.node.v1.Quota
-	35, // 17: bulkhead.node.v1.Tenant.in_use:type_name -> bulkhead.node.v1.Quota
-	36, // 18: bulkhead.node.v1.ListTenantsResponse.tenants:type_name -> bulkhead.node.v1.Tenant
-	46, // 19: bulkhead.node.v1.ImportImageResponse.images:type_name -> bulkhead.node.v1.Image
-	46, // 20: bulkhead.node.v1.PullImageResponse.image:type_name -> bulkhead.node.v1.Image
-	46, // 21: bulkhead.node.v1.ListImagesResponse.images:type_name -> bulkhead.node.v1.Image
+	21, // 12: bulkhead.node.v1.ExecRequest.start:type_name -> bulkhead.node.v1.ExecStart
+	22, // 13: bulkhead.node.v1.ExecRequest.resize:type_name -> bulkhead.node.v1.Resize
+	27, // 14: bulkhead.node.v1.NodeInfoResponse.spool:type_name -> bulkhead.node.v1.Spool
+	29, // 15: bulkhead.node.v1.UsageResponse.rows:type_name -> bulkhead.node.v1.UsageRow
+	32, // 16: bulkhead.node.v1.Tenant.limit:type_name -> bulkhead.node.v1.Quota
+	32, // 17: bulkhead.node.v1.Tenant.in_use:type_name -> bulkhead.node.v1.Quota
+	33, // 18: bulkhead.node.v1.ListTenantsResponse.tenants:type_name -> bulkhead.node.v1.Tenant
+	43, // 19: bulkhead.node.v1.ImportImageResponse.images:type_name -> bulkhead.node.v1.Image
+	43, // 20: bulkhead.node.v1.PullImageResponse.image:type_name -> bulkhead.node.v1.Image
+	43, // 21: bulkhead.node.v1.ListImagesResponse.images:type_name -> bulkhead.node.v1.Image
 	2,  // 22: bulkhead.node.v1.Node.Create:input_type -> bulkhead.node.v1.CreateRequest
 	4,  // 23: bulkhead.node.v1.Node.Get:input_type -> bulkhead.node.v1.GetRequest
-	10, // 24: bulkhead.node.v1.Node.List:input_type -> bulkhead.node.v1.ListRequest
-	12, // 25: bulkhead.node.v1.Node.Watch:input_type -> bulkhead.node.v1.WatchRequest
-	14, // 26: bulkhead.node.v1.Node.Stop:input_type -> bulkhead.node.v1.StopRequest
-	16, // 27: bulkhead.node.v1.Node.Delete:input_type -> bulkhead.node.v1.DeleteRequest
-	18, // 28: bulkhead.node.v1.Node.Wait:input_type -> bulkhead.node.v1.WaitRequest
-	20, // 29: bulkhead.node.v1.Node.Logs:input_type -> bulkhead.node.v1.LogsRequest
-	24, // 30: bulkhead.node.v1.Node.Attach:input_type -> bulkhead.node.v1.ExecRequest
-	24, // 31: bulkhead.node.v1.Node.Exec:input_type -> bulkhead.node.v1.ExecRequest
-	26, // 32: bulkhead.node.v1.Node.Explain:input_type -> bulkhead.node.v1.ExplainRequest
-	28, // 33: bulkhead.node.v1.Node.NodeInfo:input_type -> bulkhead.node.v1.NodeInfoRequest
-	31, // 34: bulkhead.node.v1.Node.Usage:input_type -> bulkhead.node.v1.UsageRequest
-	34, // 35: bulkhead.node.v1.Node.ListTenants:input_type -> bulkhead.node.v1.ListTenantsRequest
-	38, // 36: bulkhead.node.v1.Node.Reload:input_type -> bulkhead.node.v1.ReloadRequest
-	40, // 37: bulkhead.node.v1.Node.ImportImage:input_type -> bulkhead.node.v1.ImportImageRequest
-	42, // 38: bulkhead.node.v1.Node.PullImage:input_type -> bulkhead.node.v1.PullImageRequest
-	44, // 39: bulkhead.node.v1.Node.ListImages:input_type -> bulkhead.node.v1.ListImagesRequest
-	3,  // 40: bulkhead.node.v1.Node.Create:output_type -> bulkhead.node.v1.CreateResponse
-	5,  // 41: bulkhead.node.v1.Node.Get:output_type -> bulkhead.node.v1.GetResponse
-	11, // 42: bulkhead.node.v1.Node.List:output_type -> bulkhead.node.v1.ListResponse
-	13, // 43: bulkhead.node.v1.Node.Watch:output_type -> bulkhead.node.v1.WatchResponse
-	15, // 44: bulkhead.node.v1.Node.Stop:output_type -> bulkhead.node.v1.StopResponse
-	17, // 45: bulkhead.node.v1.Node.Delete:output_type -> bulkhead.node.v1.DeleteResponse
-	19, // 46: bulkhead.node.v1.Node.Wait:output_type -> bulkhead.node.v1.WaitResponse
-	21, // 47: bulkhead.node.v1.Node.Logs:output_type -> bulkhead.node.v1.LogsResponse
-	25, // 48: bulkhead.node.v1.Node.Attach:output_type -> bulkhead.node.v1.ExecResponse
-	25, // 49: bulkhead.node.v1.Node.Exec:output_type -> bulkhead.node.v1.ExecResponse
-	27, // 50: bulkhead.node.v1.Node.Explain:output_type -> bulkhead.node.v1.ExplainResponse
-	29, // 51: bulkhead.node.v1.Node.NodeInfo:output_type -> bulkhead.node.v1.NodeInfoResponse
-	33, // 52: bulkhead.node.v1.Node.Usage:output_type -> bulkhead.node.v1.UsageResponse
-	37, // 53: bulkhead.node.v1.Node.ListTenants:output_type -> bulkhead.node.v1.ListTenantsResponse
-	39, // 54: bulkhead.node.v1.Node.Reload:output_type -> bulkhead.node.v1.ReloadResponse
-	41, // 55: bulkhead.node.v1.Node.ImportImage:output_type -> bulkhead.node.v1.ImportImageResponse
-	43, // 56: bulkhead.node.v1.Node.PullImage:output_type -> bulkhead.node.v1.PullImageResponse
-	45, // 57: bulkhead.node.v1.Node.ListImages:output_type -> bulkhead.node.v1.ListImagesResponse
-	40, // [40:58] is the sub-list for method output_type
-	22, // [22:40] is the sub-list for method input_type
+	9,  // 24: bulkhead.node.v1.Node.List:input_type -> bulkhead.node.v1.ListRequest
+	11, // 25: bulkhead.node.v1.Node.Watch:input_type -> bulkhead.node.v1.WatchRequest
+	13, // 26: bulkhead.node.v1.Node.Stop:input_type -> bulkhead.node.v1.StopRequest
+	15, // 27: bulkhead.node.v1.Node.Delete:input_type -> bulkhead.node.v1.DeleteRequest
+	17, // 28: bulkhead.node.v1.Node.Wait:input_type -> bulkhead.node.v1.WaitRequest
+	19, // 29: bulkhead.node.v1.Node.Logs:input_type -> bulkhead.node.v1.LogsRequest
+	23, // 30: bulkhead.node.v1.Node.Attach:input_type -> bulkhead.node.v1.ExecRequest
+	23, // 31: bulkhead.node.v1.Node.Exec:input_type -> bulkhead.node.v1.ExecRequest
+	47, // 32: bulkhead.node.v1.Node.Explain:input_type -> bulkhead.node.v1.ExplainRequest
+	48, // 33: bulkhead.node.v1.Node.Flows:input_type -> bulkhead.node.v1.FlowsRequest
+	49, // 34: bulkhead.node.v1.Node.PolicyStatus:input_type -> bulkhead.node.v1.PolicyStatusRequest
+	50, // 35: bulkhead.node.v1.Node.PolicySuggest:input_type -> bulkhead.node.v1.PolicySuggestRequest
+	25, // 36: bulkhead.node.v1.Node.NodeInfo:input_type -> bulkhead.node.v1.NodeInfoRequest
+	28, // 37: bulkhead.node.v1.Node.Usage:input_type -> bulkhead.node.v1.UsageRequest
+	31, // 38: bulkhead.node.v1.Node.ListTenants:input_type -> bulkhead.node.v1.ListTenantsRequest
+	35, // 39: bulkhead.node.v1.Node.Reload:input_type -> bulkhead.node.v1.ReloadRequest
+	37, // 40: bulkhead.node.v1.Node.ImportImage:input_type -> bulkhead.node.v1.ImportImageRequest
+	39, // 41: bulkhead.node.v1.Node.PullImage:input_type -> bulkhead.node.v1.PullImageRequest
+	41, // 42: bulkhead.node.v1.Node.ListImages:input_type -> bulkhead.node.v1.ListImagesRequest
+	3,  // 43: bulkhead.node.v1.Node.Create:output_type -> bulkhead.node.v1.CreateResponse
+	5,  // 44: bulkhead.node.v1.Node.Get:output_type -> bulkhead.node.v1.GetResponse
+	10, // 45: bulkhead.node.v1.Node.List:output_type -> bulkhead.node.v1.ListResponse
+	12, // 46: bulkhead.node.v1.Node.Watch:output_type -> bulkhead.node.v1.WatchResponse
+	14, // 47: bulkhead.node.v1.Node.Stop:output_type -> bulkhead.node.v1.StopResponse
+	16, // 48: bulkhead.node.v1.Node.Delete:output_type -> bulkhead.node.v1.DeleteResponse
+	18, // 49: bulkhead.node.v1.Node.Wait:output_type -> bulkhead.node.v1.WaitResponse
+	20, // 50: bulkhead.node.v1.Node.Logs:output_type -> bulkhead.node.v1.LogsResponse
+	24, // 51: bulkhead.node.v1.Node.Attach:output_type -> bulkhead.node.v1.ExecResponse
+	24, // 52: bulkhead.node.v1.Node.Exec:output_type -> bulkhead.node.v1.ExecResponse
+	51, // 53: bulkhead.node.v1.Node.Explain:output_type -> bulkhead.node.v1.ExplainResponse
+	52, // 54: bulkhead.node.v1.Node.Flows:output_type -> bulkhead.node.v1.FlowsResponse
+	53, // 55: bulkhead.node.v1.Node.PolicyStatus:output_type -> bulkhead.node.v1.PolicyStatusResponse
+	54, // 56: bulkhead.node.v1.Node.PolicySuggest:output_type -> bulkhead.node.v1.PolicySuggestResponse
+	26, // 57: bulkhead.node.v1.Node.NodeInfo:output_type -> bulkhead.node.v1.NodeInfoResponse
+	30, // 58: bulkhead.node.v1.Node.Usage:output_type -> bulkhead.node.v1.UsageResponse
+	34, // 59: bulkhead.node.v1.Node.ListTenants:output_type -> bulkhead.node.v1.ListTenantsResponse
+	36, // 60: bulkhead.node.v1.Node.Reload:output_type -> bulkhead.node.v1.ReloadResponse
+	38, // 61: bulkhead.node.v1.Node.ImportImage:output_type -> bulkhead.node.v1.ImportImageResponse
+	40, // 62: bulkhead.node.v1.Node.PullImage:output_type -> bulkhead.node.v1.PullImageResponse
+	42, // 63: bulkhead.node.v1.Node.ListImages:output_type -> bulkhead.node.v1.ListImagesResponse
+	43, // [43:64] is the sub-list for method output_type
+	22, // [22:43] is the sub-list for method input_type
 	22, // [22:22] is the sub-list for extension type_name
 	22, // [22:22] is the sub-list for extension extendee
 	0,  // [0:22] is the sub-list for field type_name
@@ -3325,14 +3183,15 @@ func file_proto_node_v1_node_proto_init() {
 	if File_proto_node_v1_node_proto != nil {
 		return
 	}
-	file_proto_node_v1_node_proto_msgTypes[23].OneofWrappers = []any{
+	file_proto_node_v1_egress_proto_init()
+	file_proto_node_v1_node_proto_msgTypes[22].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_CloseStdin)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[24].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[23].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -3344,7 +3203,7 @@ func file_proto_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   46,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,24 +27,27 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_Create_FullMethodName      = "/bulkhead.node.v1.Node/Create"
-	Node_Get_FullMethodName         = "/bulkhead.node.v1.Node/Get"
-	Node_List_FullMethodName        = "/bulkhead.node.v1.Node/List"
-	Node_Watch_FullMethodName       = "/bulkhead.node.v1.Node/Watch"
-	Node_Stop_FullMethodName        = "/bulkhead.node.v1.Node/Stop"
-	Node_Delete_FullMethodName      = "/bulkhead.node.v1.Node/Delete"
-	Node_Wait_FullMethodName        = "/bulkhead.node.v1.Node/Wait"
-	Node_Logs_FullMethodName        = "/bulkhead.node.v1.Node/Logs"
-	Node_Attach_FullMethodName      = "/bulkhead.node.v1.Node/Attach"
-	Node_Exec_FullMethodName        = "/bulkhead.node.v1.Node/Exec"
-	Node_Explain_FullMethodName     = "/bulkhead.node.v1.Node/Explain"
-	Node_NodeInfo_FullMethodName    = "/bulkhead.node.v1.Node/NodeInfo"
-	Node_Usage_FullMethodName       = "/bulkhead.node.v1.Node/Usage"
-	Node_ListTenants_FullMethodName = "/bulkhead.node.v1.Node/ListTenants"
-	Node_Reload_FullMethodName      = "/bulkhead.node.v1.Node/Reload"
-	Node_ImportImage_FullMethodName = "/bulkhead.node.v1.Node/ImportImage"
-	Node_PullImage_FullMethodName   = "/bulkhead.node.v1.Node/PullImage"
-	Node_ListImages_FullMethodName  = "/bulkhead.node.v1.Node/ListImages"
+	Node_Create_FullMethodName        = "/bulkhead.node.v1.Node/Create"
+	Node_Get_FullMethodName           = "/bulkhead.node.v1.Node/Get"
+	Node_List_FullMethodName          = "/bulkhead.node.v1.Node/List"
+	Node_Watch_FullMethodName         = "/bulkhead.node.v1.Node/Watch"
+	Node_Stop_FullMethodName          = "/bulkhead.node.v1.Node/Stop"
+	Node_Delete_FullMethodName        = "/bulkhead.node.v1.Node/Delete"
+	Node_Wait_FullMethodName          = "/bulkhead.node.v1.Node/Wait"
+	Node_Logs_FullMethodName          = "/bulkhead.node.v1.Node/Logs"
+	Node_Attach_FullMethodName        = "/bulkhead.node.v1.Node/Attach"
+	Node_Exec_FullMethodName          = "/bulkhead.node.v1.Node/Exec"
+	Node_Explain_FullMethodName       = "/bulkhead.node.v1.Node/Explain"
+	Node_Flows_FullMethodName         = "/bulkhead.node.v1.Node/Flows"
+	Node_PolicyStatus_FullMethodName  = "/bulkhead.node.v1.Node/PolicyStatus"
+	Node_PolicySuggest_FullMethodName = "/bulkhead.node.v1.Node/PolicySuggest"
+	Node_NodeInfo_FullMethodName      = "/bulkhead.node.v1.Node/NodeInfo"
+	Node_Usage_FullMethodName         = "/bulkhead.node.v1.Node/Usage"
+	Node_ListTenants_FullMethodName   = "/bulkhead.node.v1.Node/ListTenants"
+	Node_Reload_FullMethodName        = "/bulkhead.node.v1.Node/Reload"
+	Node_ImportImage_FullMethodName   = "/bulkhead.node.v1.Node/ImportImage"
+	Node_PullImage_FullMethodName     = "/bulkhead.node.v1.Node/PullImage"
+	Node_ListImages_FullMethodName    = "/bulkhead.node.v1.Node/ListImages"
 )
 
 // NodeClient is the client API for Node service.
@@ -74,6 +77,13 @@ type NodeClient interface {
 	Exec(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecRequest, ExecResponse], error)
 	// Explain asks the program that enforces: what would happen to this packet?
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
+	// Flows sends the flow log of a sandbox: first packets and lookups.
+	Flows(ctx context.Context, in *FlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FlowsResponse], error)
+	// PolicyStatus says what is in force for a sandbox and what it has met.
+	// FAILED_PRECONDITION if nothing is in force, because it does not run.
+	PolicyStatus(ctx context.Context, in *PolicyStatusRequest, opts ...grpc.CallOption) (*PolicyStatusResponse, error)
+	// PolicySuggest writes a policy that allows what audit mode has let pass.
+	PolicySuggest(ctx context.Context, in *PolicySuggestRequest, opts ...grpc.CallOption) (*PolicySuggestResponse, error)
 	NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error)
 	// Usage is what this node has metered, whether or not the gateway has it yet.
 	Usage(ctx context.Context, in *UsageRequest, opts ...grpc.CallOption) (*UsageResponse, error)
@@ -229,6 +239,45 @@ func (c *nodeClient) Explain(ctx context.Context, in *ExplainRequest, opts ...gr
 	return out, nil
 }
 
+func (c *nodeClient) Flows(ctx context.Context, in *FlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FlowsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[4], Node_Flows_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FlowsRequest, FlowsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_FlowsClient = grpc.ServerStreamingClient[FlowsResponse]
+
+func (c *nodeClient) PolicyStatus(ctx context.Context, in *PolicyStatusRequest, opts ...grpc.CallOption) (*PolicyStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PolicyStatusResponse)
+	err := c.cc.Invoke(ctx, Node_PolicyStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) PolicySuggest(ctx context.Context, in *PolicySuggestRequest, opts ...grpc.CallOption) (*PolicySuggestResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PolicySuggestResponse)
+	err := c.cc.Invoke(ctx, Node_PolicySuggest_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *nodeClient) NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NodeInfoResponse)
@@ -271,7 +320,7 @@ func (c *nodeClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc
 
 func (c *nodeClient) ImportImage(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportImageRequest, ImportImageResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[4], Node_ImportImage_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[5], Node_ImportImage_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -329,6 +378,13 @@ type NodeServer interface {
 	Exec(grpc.BidiStreamingServer[ExecRequest, ExecResponse]) error
 	// Explain asks the program that enforces: what would happen to this packet?
 	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
+	// Flows sends the flow log of a sandbox: first packets and lookups.
+	Flows(*FlowsRequest, grpc.ServerStreamingServer[FlowsResponse]) error
+	// PolicyStatus says what is in force for a sandbox and what it has met.
+	// FAILED_PRECONDITION if nothing is in force, because it does not run.
+	PolicyStatus(context.Context, *PolicyStatusRequest) (*PolicyStatusResponse, error)
+	// PolicySuggest writes a policy that allows what audit mode has let pass.
+	PolicySuggest(context.Context, *PolicySuggestRequest) (*PolicySuggestResponse, error)
 	NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error)
 	// Usage is what this node has metered, whether or not the gateway has it yet.
 	Usage(context.Context, *UsageRequest) (*UsageResponse, error)
@@ -382,6 +438,15 @@ func (UnimplementedNodeServer) Exec(grpc.BidiStreamingServer[ExecRequest, ExecRe
 }
 func (UnimplementedNodeServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
+}
+func (UnimplementedNodeServer) Flows(*FlowsRequest, grpc.ServerStreamingServer[FlowsResponse]) error {
+	return status.Error(codes.Unimplemented, "method Flows not implemented")
+}
+func (UnimplementedNodeServer) PolicyStatus(context.Context, *PolicyStatusRequest) (*PolicyStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PolicyStatus not implemented")
+}
+func (UnimplementedNodeServer) PolicySuggest(context.Context, *PolicySuggestRequest) (*PolicySuggestResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PolicySuggest not implemented")
 }
 func (UnimplementedNodeServer) NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method NodeInfo not implemented")
@@ -587,6 +652,53 @@ func _Node_Explain_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_Flows_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(FlowsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(NodeServer).Flows(m, &grpc.GenericServerStream[FlowsRequest, FlowsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_FlowsServer = grpc.ServerStreamingServer[FlowsResponse]
+
+func _Node_PolicyStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PolicyStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).PolicyStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_PolicyStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).PolicyStatus(ctx, req.(*PolicyStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_PolicySuggest_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PolicySuggestRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).PolicySuggest(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_PolicySuggest_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).PolicySuggest(ctx, req.(*PolicySuggestRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_NodeInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(NodeInfoRequest)
 	if err := dec(in); err != nil {
@@ -738,6 +850,14 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Node_Explain_Handler,
 		},
 		{
+			MethodName: "PolicyStatus",
+			Handler:    _Node_PolicyStatus_Handler,
+		},
+		{
+			MethodName: "PolicySuggest",
+			Handler:    _Node_PolicySuggest_Handler,
+		},
+		{
 			MethodName: "NodeInfo",
 			Handler:    _Node_NodeInfo_Handler,
 		},
@@ -784,6 +904,11 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Node_Exec_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Flows",
+			Handler:       _Node_Flows_Handler,
+			ServerStreams: true,
 		},
 		{
 			StreamName:    "ImportImage",

@@ -236,6 +236,7 @@ type Spec struct {
 	User          string                 `protobuf:"bytes,14,opt,name=user,proto3" json:"user,omitempty"`                                     // "", "uid", "uid:gid" or a name of the image's /etc/passwd
 	RuntimeClass  string                 `protobuf:"bytes,15,opt,name=runtime_class,json=runtimeClass,proto3" json:"runtime_class,omitempty"` // "" or "runc"
 	Labels        map[string]string      `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Publish       []*PublishedPort       `protobuf:"bytes,17,rep,name=publish,proto3" json:"publish,omitempty"` // none unless the node's operator allows some
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -382,6 +383,74 @@ func (x *Spec) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *Spec) GetPublish() []*PublishedPort {
+	if x != nil {
+		return x.Publish
+	}
+	return nil
+}
+
+// PublishedPort is a port of the node whose connections go to the sandbox.
+type PublishedPort struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          uint32                 `protobuf:"varint,1,opt,name=host,proto3" json:"host,omitempty"`        // port of the node
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`        // of the sandbox
+	Protocol      string                 `protobuf:"bytes,3,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp, udp
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishedPort) Reset() {
+	*x = PublishedPort{}
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishedPort) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishedPort) ProtoMessage() {}
+
+func (x *PublishedPort) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishedPort.ProtoReflect.Descriptor instead.
+func (*PublishedPort) Descriptor() ([]byte, []int) {
+	return file_proto_sandbox_v1_sandbox_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *PublishedPort) GetHost() uint32 {
+	if x != nil {
+		return x.Host
+	}
+	return 0
+}
+
+func (x *PublishedPort) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *PublishedPort) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
 type Exit struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reason        ExitReason             `protobuf:"varint,1,opt,name=reason,proto3,enum=bulkhead.sandbox.v1.ExitReason" json:"reason,omitempty"`
@@ -396,7 +465,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[2]
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +477,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[2]
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +490,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_proto_sandbox_v1_sandbox_proto_rawDescGZIP(), []int{2}
+	return file_proto_sandbox_v1_sandbox_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Exit) GetReason() ExitReason {
@@ -482,13 +551,16 @@ type Sandbox struct {
 	Pid           int64                  `protobuf:"varint,11,opt,name=pid,proto3" json:"pid,omitempty"`                                   // of the command, in the node's pid namespace; 0 if none
 	NotEnforced   []string               `protobuf:"bytes,12,rep,name=not_enforced,json=notEnforced,proto3" json:"not_enforced,omitempty"` // what this node cannot enforce for it, in words
 	Node          string                 `protobuf:"bytes,13,opt,name=node,proto3" json:"node,omitempty"`
+	Degraded      string                 `protobuf:"bytes,14,opt,name=degraded,proto3" json:"degraded,omitempty"` // why its egress is not enforced as it should be now; empty: it is
+	Audit         bool                   `protobuf:"varint,15,opt,name=audit,proto3" json:"audit,omitempty"`      // its policy lets pass, and records, what it would deny
+	Blocked       []string               `protobuf:"bytes,16,rep,name=blocked,proto3" json:"blocked,omitempty"`   // budgets that are spent, in words; Watch leaves it out
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[3]
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -500,7 +572,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[3]
+	mi := &file_proto_sandbox_v1_sandbox_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -513,7 +585,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_proto_sandbox_v1_sandbox_proto_rawDescGZIP(), []int{3}
+	return file_proto_sandbox_v1_sandbox_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Sandbox) GetId() string {
@@ -607,6 +679,27 @@ func (x *Sandbox) GetNode() string {
 	return ""
 }
 
+func (x *Sandbox) GetDegraded() string {
+	if x != nil {
+		return x.Degraded
+	}
+	return ""
+}
+
+func (x *Sandbox) GetAudit() bool {
+	if x != nil {
+		return x.Audit
+	}
+	return false
+}
+
+func (x *Sandbox) GetBlocked() []string {
+	if x != nil {
+		return x.Blocked
+	}
+	return nil
+}
+
 var File_proto_sandbox_v1_sandbox_proto protoreflect.FileDescriptor
 
 const file_proto_sandbox_v1_sandbox_proto_rawDesc = "" +
@@ -616,7 +709,7 @@ const file_proto_sandbox_v1_sandbox_proto_rawDesc = "" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x03R\tcpuMillis\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x12\n" +
-	"\x04pids\x18\x03 \x01(\x03R\x04pids\"\x9b\x04\n" +
+	"\x04pids\x18\x03 \x01(\x03R\x04pids\"\xd9\x04\n" +
 	"\x04Spec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\x12\x14\n" +
@@ -635,17 +728,22 @@ const file_proto_sandbox_v1_sandbox_proto_rawDesc = "" +
 	"\fworkload_ref\x18\r \x01(\tR\vworkloadRef\x12\x12\n" +
 	"\x04user\x18\x0e \x01(\tR\x04user\x12#\n" +
 	"\rruntime_class\x18\x0f \x01(\tR\fruntimeClass\x12=\n" +
-	"\x06labels\x18\x10 \x03(\v2%.bulkhead.sandbox.v1.Spec.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x10 \x03(\v2%.bulkhead.sandbox.v1.Spec.LabelsEntryR\x06labels\x12<\n" +
+	"\apublish\x18\x11 \x03(\v2\".bulkhead.sandbox.v1.PublishedPortR\apublish\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"S\n" +
+	"\rPublishedPort\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\rR\x04host\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1a\n" +
+	"\bprotocol\x18\x03 \x01(\tR\bprotocol\"\xae\x01\n" +
 	"\x04Exit\x127\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x1f.bulkhead.sandbox.v1.ExitReasonR\x06reason\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x16\n" +
 	"\x06signal\x18\x03 \x01(\x05R\x06signal\x12\x0e\n" +
 	"\x02by\x18\x04 \x01(\tR\x02by\x12\x18\n" +
 	"\amessage\x18\x05 \x01(\tR\amessage\x12\x17\n" +
-	"\atime_ns\x18\x06 \x01(\x03R\x06timeNs\"\xaf\x03\n" +
+	"\atime_ns\x18\x06 \x01(\x03R\x06timeNs\"\xfb\x03\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12-\n" +
 	"\x04spec\x18\x02 \x01(\v2\x19.bulkhead.sandbox.v1.SpecR\x04spec\x120\n" +
@@ -664,7 +762,10 @@ const file_proto_sandbox_v1_sandbox_proto_rawDesc = "" +
 	" \x01(\x04R\tpolicyRev\x12\x10\n" +
 	"\x03pid\x18\v \x01(\x03R\x03pid\x12!\n" +
 	"\fnot_enforced\x18\f \x03(\tR\vnotEnforced\x12\x12\n" +
-	"\x04node\x18\r \x01(\tR\x04node*\xa0\x01\n" +
+	"\x04node\x18\r \x01(\tR\x04node\x12\x1a\n" +
+	"\bdegraded\x18\x0e \x01(\tR\bdegraded\x12\x14\n" +
+	"\x05audit\x18\x0f \x01(\bR\x05audit\x12\x18\n" +
+	"\ablocked\x18\x10 \x03(\tR\ablocked*\xa0\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_ADMITTED\x10\x01\x12\x10\n" +
@@ -699,28 +800,30 @@ func file_proto_sandbox_v1_sandbox_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_sandbox_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_sandbox_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_proto_sandbox_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_proto_sandbox_v1_sandbox_proto_goTypes = []any{
-	(State)(0),      // 0: bulkhead.sandbox.v1.State
-	(ExitReason)(0), // 1: bulkhead.sandbox.v1.ExitReason
-	(*Limits)(nil),  // 2: bulkhead.sandbox.v1.Limits
-	(*Spec)(nil),    // 3: bulkhead.sandbox.v1.Spec
-	(*Exit)(nil),    // 4: bulkhead.sandbox.v1.Exit
-	(*Sandbox)(nil), // 5: bulkhead.sandbox.v1.Sandbox
-	nil,             // 6: bulkhead.sandbox.v1.Spec.LabelsEntry
+	(State)(0),            // 0: bulkhead.sandbox.v1.State
+	(ExitReason)(0),       // 1: bulkhead.sandbox.v1.ExitReason
+	(*Limits)(nil),        // 2: bulkhead.sandbox.v1.Limits
+	(*Spec)(nil),          // 3: bulkhead.sandbox.v1.Spec
+	(*PublishedPort)(nil), // 4: bulkhead.sandbox.v1.PublishedPort
+	(*Exit)(nil),          // 5: bulkhead.sandbox.v1.Exit
+	(*Sandbox)(nil),       // 6: bulkhead.sandbox.v1.Sandbox
+	nil,                   // 7: bulkhead.sandbox.v1.Spec.LabelsEntry
 }
 var file_proto_sandbox_v1_sandbox_proto_depIdxs = []int32{
 	2, // 0: bulkhead.sandbox.v1.Spec.limits:type_name -> bulkhead.sandbox.v1.Limits
-	6, // 1: bulkhead.sandbox.v1.Spec.labels:type_name -> bulkhead.sandbox.v1.Spec.LabelsEntry
-	1, // 2: bulkhead.sandbox.v1.Exit.reason:type_name -> bulkhead.sandbox.v1.ExitReason
-	3, // 3: bulkhead.sandbox.v1.Sandbox.spec:type_name -> bulkhead.sandbox.v1.Spec
-	0, // 4: bulkhead.sandbox.v1.Sandbox.state:type_name -> bulkhead.sandbox.v1.State
-	4, // 5: bulkhead.sandbox.v1.Sandbox.exit:type_name -> bulkhead.sandbox.v1.Exit
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7, // 1: bulkhead.sandbox.v1.Spec.labels:type_name -> bulkhead.sandbox.v1.Spec.LabelsEntry
+	4, // 2: bulkhead.sandbox.v1.Spec.publish:type_name -> bulkhead.sandbox.v1.PublishedPort
+	1, // 3: bulkhead.sandbox.v1.Exit.reason:type_name -> bulkhead.sandbox.v1.ExitReason
+	3, // 4: bulkhead.sandbox.v1.Sandbox.spec:type_name -> bulkhead.sandbox.v1.Spec
+	0, // 5: bulkhead.sandbox.v1.Sandbox.state:type_name -> bulkhead.sandbox.v1.State
+	5, // 6: bulkhead.sandbox.v1.Sandbox.exit:type_name -> bulkhead.sandbox.v1.Exit
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_proto_sandbox_v1_sandbox_proto_init() }
@@ -734,7 +837,7 @@ func file_proto_sandbox_v1_sandbox_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_sandbox_v1_sandbox_proto_rawDesc), len(file_proto_sandbox_v1_sandbox_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
