@@ -68,7 +68,7 @@ bench: setup build ## measure; BENCH=regexp chooses, CHECK=1 compares with the a
 	go run ./test/bench
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME each
+fuzz: ## every fuzz target for FUZZTIME each; the BPF program against the evaluator, 10 million cases (root)
 	@FUZZTIME=$(FUZZTIME) test/run.sh fuzz
 
 .PHONY: clean

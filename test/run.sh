@@ -61,6 +61,8 @@ stage_fuzz() {
 		go test "./$(dirname "$file")" -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME:-20s}" 2>&1 | tail -n 2
 		[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 	done < <(git grep --untracked -oE '^func Fuzz[A-Za-z0-9_]+' -- '*_test.go' | sed 's/:func /:/')
+	echo "the program in the kernel against the reference evaluator, ${FUZZCASES:-10000000} cases"
+	BULKHEAD_FUZZ_CASES=${FUZZCASES:-10000000} go test -count=1 -timeout 60m -run '^TestProgramAgainstReference$' -v ./netpol/enforce || failed=1
 	return $failed
 }
 

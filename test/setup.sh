@@ -82,8 +82,8 @@ make_images() {
 
 for part in "$@"; do
 	case $part in
-	run) # containerd, runc and images: the demo, node tests
-		packages gcc libc6-dev libseccomp-dev pkg-config
+	run) # containerd, runc, images and the benchmarks' rival: the demo, node tests, benchmarks
+		packages gcc libc6-dev libseccomp-dev pkg-config nftables
 		for program in containerd containerd-shim-runc-v2 ctr runc; do
 			[ -x "$bin/$program" ] || rm -f "$stamps/tools"
 		done
@@ -94,10 +94,12 @@ for part in "$@"; do
 		done
 		once images test/images/*.go -- "images" make_images
 		;;
-	vm) # a guest kernel and the emulator
+	vm) # guest kernels and the emulator
 		packages qemu-system-x86 kmod systemd xz-utils cpio
-		[ -s build/vm/kernel/vmlinuz ] || rm -f "$stamps/kernel"
-		once kernel test/vm/kernel.sh -- "guest kernel" test/vm/kernel.sh build/vm
+		for version in 6.1 6.12; do
+			[ -s "build/vm/kernel-$version/vmlinuz" ] || rm -f "$stamps/kernel-$version"
+			once "kernel-$version" test/vm/kernel.sh -- "guest kernel $version" test/vm/kernel.sh build/vm "$version"
+		done
 		;;
 	generate) # compilers whose version is part of their output
 		packages clang-14 llvm-14 libbpf-dev linux-libc-dev protobuf-compiler

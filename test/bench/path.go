@@ -20,31 +20,38 @@ import (
 	"github.com/bulkheadhq/bulkhead/netpol/enforce"
 )
 
-// path is a sandbox's network without the rest of Bulkhead, in three network
+// path is a sandbox's network without the rest of Bulkhead, in network
 // namespaces that go with the process:
 //
 //	box, 100.96.0.1 --veth-- host, which routes --veth-- up, 192.0.2.1
+//	second, 100.96.0.2 -veth--
 //
-// The programs are on the host's end of the first pair or are not; everything
+// The programs are on the host's end of the first pair, and of the second's if
+// there is a neighbour to measure, or are not; everything
 // else stays as it is. Whoever sends is on the first CPU, whoever receives on
 // the last.
 type path struct {
-	box, host, up netns.NsHandle
-	pinDir        string
-	enforcer      *enforce.Enforcer
-	sandbox       enforce.Sandbox
-	attached      bool
-	sent          uint64 // payload bytes that went through the programs
-	counted       uint64 // what the programs counted, of lives that are over
+	box, second, host, up netns.NsHandle
+	pinDir                string
+	enforcer              *enforce.Enforcer
+	sandbox               enforce.Sandbox
+	neighbour             enforce.Sandbox
+	attached              bool
+	rival                 bool   // nftables judges
+	denies                bool   // some of the traffic is meant to be dropped
+	sent                  uint64 // payload bytes that went through the programs
+	counted               uint64 // what the programs counted, of lives that are over
 }
 
 var (
 	pathPool = netip.MustParsePrefix("100.96.0.0/16")
 	boxAddr  = netip.MustParseAddr("100.96.0.1")
+	box2Addr = netip.MustParseAddr("100.96.0.2")
 	upAddr   = netip.MustParseAddr("192.0.2.1")
 	hostAddr = netip.MustParseAddr("192.0.2.254")
 	gateway  = netip.MustParseAddr("169.254.1.1")
 	boxMAC   = net.HardwareAddr{0x02, 0x62, 0x68, 0, 0, 1}
+	box2MAC  = net.HardwareAddr{0x02, 0x62, 0x68, 0, 0, 2}
 	boxGWMAC = net.HardwareAddr{0x02, 0x62, 0x69, 0, 0, 1}
 	hostMAC  = net.HardwareAddr{0x02, 0, 0, 0, 0, 1}
 	upMAC    = net.HardwareAddr{0x02, 0, 0, 0, 0, 2}
@@ -66,26 +73,21 @@ rules:
 `
 
 func openPath() (_ *path, err error) {
-	p := &path{box: netns.None(), host: netns.None(), up: netns.None()}
+	p := &path{box: netns.None(), second: netns.None(), host: netns.None(), up: netns.None()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
 		}
 	}()
-	for _, ns := range []*netns.NsHandle{&p.box, &p.host, &p.up} {
+	for _, ns := range []*netns.NsHandle{&p.box, &p.second, &p.host, &p.up} {
 		if err := onThread(func() (err error) { *ns, err = netns.New(); return err }); err != nil {
 			return nil, fmt.Errorf("make network namespace: %w", err)
 		}
 	}
-	index, err := p.wire()
-	if err != nil {
+	if err := p.wire(); err != nil {
 		return nil, fmt.Errorf("make path: %w", err)
 	}
-	pol, err := netpol.Parse("bench", []byte(pathPolicy))
-	if err != nil {
-		return nil, err
-	}
-	prog, err := netpol.Compile([]netpol.Layer{{Tenant: "acme", Policy: pol}})
+	prog, err := compilePolicy(pathPolicy)
 	if err != nil {
 		return nil, err
 	}
@@ -96,33 +98,71 @@ func openPath() (_ *path, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.sandbox = enforce.Sandbox{ID: "benchbenchbe", Slot: 1, Ifindex: index, MAC: boxMAC, Addrs: []netip.Addr{boxAddr}, Program: prog, PolicyRev: 1}
+	for i, b := range []struct {
+		link, id string
+		mac      net.HardwareAddr
+		addr     netip.Addr
+	}{{"box", "benchbenchbe", boxMAC, boxAddr}, {"second", "secondsecond", box2MAC, box2Addr}} {
+		index, err := p.index(b.link)
+		if err != nil {
+			return nil, err
+		}
+		sb := enforce.Sandbox{ID: b.id, Slot: uint32(i + 1), Ifindex: index, MAC: b.mac, Addrs: []netip.Addr{b.addr}, Program: prog, PolicyRev: 1}
+		if i == 0 {
+			p.sandbox = sb
+		} else {
+			p.neighbour = sb
+		}
+	}
 	return p, nil
 }
 
-// wire makes the links and routes and answers the host's end of the sandbox's.
-func (p *path) wire() (int, error) {
-	for _, ns := range []netns.NsHandle{p.box, p.host, p.up} {
+func compilePolicy(text string) (netpol.Program, error) {
+	pol, err := netpol.Parse("bench", []byte(text))
+	if err != nil {
+		return netpol.Program{}, err
+	}
+	return netpol.Compile([]netpol.Layer{{Tenant: "acme", Policy: pol}})
+}
+
+// index of a link in the host's namespace.
+func (p *path) index(name string) (int, error) {
+	h, err := netlink.NewHandleAt(p.host)
+	if err != nil {
+		return 0, err
+	}
+	defer h.Close()
+	l, err := h.LinkByName(name)
+	if err != nil {
+		return 0, err
+	}
+	return l.Attrs().Index, nil
+}
+
+// wire makes the links and routes.
+func (p *path) wire() error {
+	for _, ns := range []netns.NsHandle{p.box, p.second, p.host, p.up} {
 		// IPv6 would talk by itself.
 		err := within(ns, func() error {
 			err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
 			return errors.Join(err, os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0))
 		})
 		if err != nil {
-			return 0, err
+			return err
 		}
 	}
 	h, err := netlink.NewHandleAt(p.host)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer h.Close()
 	for _, l := range []*netlink.Veth{
 		{LinkAttrs: netlink.LinkAttrs{Name: "box", HardwareAddr: boxGWMAC}, PeerName: "eth0", PeerHardwareAddr: boxMAC, PeerNamespace: netlink.NsFd(p.box)},
+		{LinkAttrs: netlink.LinkAttrs{Name: "second", HardwareAddr: boxGWMAC}, PeerName: "eth0", PeerHardwareAddr: box2MAC, PeerNamespace: netlink.NsFd(p.second)},
 		{LinkAttrs: netlink.LinkAttrs{Name: "up", HardwareAddr: hostMAC}, PeerName: "eth0", PeerHardwareAddr: upMAC, PeerNamespace: netlink.NsFd(p.up)},
 	} {
 		if err := h.LinkAdd(l); err != nil {
-			return 0, err
+			return err
 		}
 	}
 	all := netip.MustParsePrefix("0.0.0.0/0")
@@ -136,18 +176,16 @@ func (p *path) wire() (int, error) {
 	}{
 		{p.box, "eth0", boxAddr, all, gateway, boxGWMAC},
 		{p.host, "box", netip.Addr{}, netip.PrefixFrom(boxAddr, 32), boxAddr, boxMAC},
+		{p.second, "eth0", box2Addr, all, gateway, boxGWMAC},
+		{p.host, "second", netip.Addr{}, netip.PrefixFrom(box2Addr, 32), box2Addr, box2MAC},
 		{p.host, "up", hostAddr, netip.PrefixFrom(upAddr, 32), upAddr, upMAC},
 		{p.up, "eth0", upAddr, all, hostAddr, hostMAC},
 	} {
 		if err := setEnd(e.ns, e.link, e.addr, e.to, e.via, e.mac); err != nil {
-			return 0, fmt.Errorf("%s: %w", e.link, err)
+			return fmt.Errorf("%s: %w", e.link, err)
 		}
 	}
-	box, err := h.LinkByName("box")
-	if err != nil {
-		return 0, err
-	}
-	return box.Attrs().Index, nil
+	return nil
 }
 
 func setEnd(ns netns.NsHandle, name string, addr netip.Addr, to netip.Prefix, via netip.Addr, mac net.HardwareAddr) error {
@@ -201,7 +239,7 @@ func (p *path) detach() error {
 		return err
 	}
 	p.counted += c.EgressBytes
-	if len(c.Drops) > 0 {
+	if len(c.Drops) > 0 && !p.denies {
 		return fmt.Errorf("the policy dropped traffic: %+v", c.Drops)
 	}
 	p.attached = false
@@ -210,7 +248,7 @@ func (p *path) detach() error {
 
 // sane is an error if what was measured with policy did not go through it.
 func (p *path) sane() error {
-	if err := p.detach(); err != nil {
+	if err := errors.Join(p.detach(), p.removeRival()); err != nil {
 		return err
 	}
 	if p.sent == 0 || p.counted < p.sent {
@@ -230,7 +268,7 @@ func (p *path) close() error {
 		}
 		errs = append(errs, os.RemoveAll(p.pinDir))
 	}
-	for _, ns := range []*netns.NsHandle{&p.box, &p.host, &p.up} {
+	for _, ns := range []*netns.NsHandle{&p.box, &p.second, &p.host, &p.up} {
 		if ns.IsOpen() {
 			errs = append(errs, ns.Close())
 		}

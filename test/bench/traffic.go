@@ -20,6 +20,7 @@ const (
 	streamPort   = 5001
 	connectPort  = 5002
 	datagramPort = 5003
+	echoPort     = 5004
 	datagramSize = 64
 
 	// accepting looks this often whether there will be more.
@@ -231,4 +232,50 @@ func (p *path) datagrams(d time.Duration) (float64, error) {
 		p.sent += uint64(sent * datagramSize)
 	}
 	return float64(sent) / max(took, time.Nanosecond).Seconds(), err
+}
+
+// roundTrips answers how often a second one byte went there and back on one
+// connection.
+func (p *path) roundTrips(d time.Duration) (float64, error) {
+	made := 0
+	var took time.Duration
+	nodelay := func(fd int) error { return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) }
+	receive := func(l int) error {
+		var c int
+		if err := again(func() (err error) { c, _, err = unix.Accept(l); return err }); err != nil {
+			return fmt.Errorf("accept: %w", err)
+		}
+		buf := make([]byte, 1)
+		err := nodelay(c)
+		for n := 1; err == nil && n != 0; {
+			if err = again(func() (err error) { n, err = unix.Read(c, buf); return err }); err == nil && n > 0 {
+				err = again(func() error { _, err := unix.Write(c, buf); return err })
+			}
+		}
+		return errors.Join(err, unix.Close(c))
+	}
+	err := p.duplex(unix.SOCK_STREAM, echoPort, receive, func() error {
+		return dial(unix.SOCK_STREAM, echoPort, func(fd int) error {
+			if err := nodelay(fd); err != nil {
+				return err
+			}
+			buf := make([]byte, 1)
+			began := time.Now()
+			for ; time.Since(began) < d; made++ {
+				err := again(func() error { _, err := unix.Write(fd, buf); return err })
+				if err == nil {
+					err = again(func() error { _, err := unix.Read(fd, buf); return err })
+				}
+				if err != nil {
+					return fmt.Errorf("round trip: %w", err)
+				}
+			}
+			took = time.Since(began)
+			return nil
+		})
+	})
+	if p.attached {
+		p.sent += uint64(made)
+	}
+	return float64(made) / max(took, time.Nanosecond).Seconds(), err
 }

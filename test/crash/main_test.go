@@ -33,8 +33,12 @@ import (
 	"github.com/bulkheadhq/bulkhead/test/rig"
 )
 
-// python is the image of every sandbox here.
-const python = "bulkhead.local/python:3"
+// The images: python of most sandboxes here, busybox of those that must start
+// at once.
+const (
+	python  = "bulkhead.local/python:3"
+	busybox = "bulkhead.local/busybox:1"
+)
 
 // crashEnv makes this program an agent. Its value is the point at which it
 // kills itself and the how manieth time, as in start:recorded/1, or the path of
@@ -121,13 +125,10 @@ func open(t *testing.T) *node {
 	t.Helper()
 	containerdtest.Need(t)
 	if shared == nil {
-		root, err := containerdtest.RepoRoot()
-		if err != nil {
-			root = os.Getenv("BULKHEAD_REPO")
-		}
+		var err error
 		if shared, err = rig.Open(rig.Config{
 			Tenants:  "testdata/tenants",
-			Images:   []string{filepath.Join(root, "build/images/python.tar")},
+			Images:   []string{image("python"), image("busybox")},
 			Interval: "200ms",
 		}); err != nil {
 			t.Fatal(err)
@@ -136,6 +137,15 @@ func open(t *testing.T) *node {
 	n := &node{Rig: shared, t: t}
 	t.Cleanup(n.clear)
 	return n
+}
+
+// image is the path of an archive that make setup has built.
+func image(name string) string {
+	root, err := containerdtest.RepoRoot()
+	if err != nil {
+		root = os.Getenv("BULKHEAD_REPO")
+	}
+	return filepath.Join(root, "build", "images", name+".tar")
 }
 
 // clear removes every sandbox, with whatever daemons it takes.

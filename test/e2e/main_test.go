@@ -61,6 +61,7 @@ func open(t *testing.T) *node {
 		r, err := rig.Open(rig.Config{
 			Tenants: "testdata/tenants",
 			Images:  []string{image("busybox"), image("python")},
+			Network: "publish_ports = \"30000-30999\"\n",
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -45,8 +45,23 @@ var hosts = []hostSpec{
 	{"meta", []string{"169.254.169.254/30"}, []string{"169.254.169.253/32"}},
 }
 
-// hostLink names our side of a host's link.
-func hostLink(name string) string { return "inet-bt-" + name }
+// HostLink names this machine's side of the link of a host of the internet: api,
+// far or meta.
+func HostLink(name string) string { return "inet-bt-" + name }
+
+// FromSandboxes says whether an address may be a sandbox's: of the pools, or
+// this machine's own, behind which sandboxes hide. It is for a capture on the
+// link of a host that nothing else talks to.
+func FromSandboxes(a netip.Addr) bool {
+	for _, h := range hosts {
+		for _, g := range h.gateways {
+			if netip.MustParsePrefix(g).Addr() == a {
+				return true
+			}
+		}
+	}
+	return netip.MustParsePrefix(Pool4).Contains(a) || netip.MustParsePrefix(Pool6).Contains(a)
+}
 
 // Internet is three hosts in network namespaces of this process.
 type Internet struct {
@@ -77,7 +92,8 @@ func (n *Internet) count(host string) {
 
 // openInternet makes the hosts and starts their servers: HTTP on port 80 of
 // every host, a sink on port 5001 of api and far, a source on port 5002 of api
-// that sends as many bytes as it is asked for in one line.
+// that sends as many bytes as it is asked for in one line, and the resolver of
+// names.go.
 func openInternet() (*Internet, error) {
 	n := &Internet{requests: map[string]int{}}
 	for _, h := range hosts {
@@ -94,15 +110,15 @@ func (n *Internet) addHost(h hostSpec) error {
 		return err
 	}
 	n.nets = append(n.nets, ns)
-	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: hostLink(h.name), MTU: 1500}, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
+	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: HostLink(h.name), MTU: 1500}, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}
 	if err := netlink.LinkAdd(link); err != nil {
 		return fmt.Errorf("add link: %w", err)
 	}
-	n.links = append(n.links, hostLink(h.name))
-	if err := configure(nil, hostLink(h.name), h.gateways); err != nil {
+	n.links = append(n.links, HostLink(h.name))
+	if err := configure(nil, HostLink(h.name), h.gateways); err != nil {
 		return err
 	}
-	if err := routeTo(hostLink(h.name), h.addrs); err != nil {
+	if err := routeTo(HostLink(h.name), h.addrs); err != nil {
 		return err
 	}
 	return inNetns(ns, func() error {
@@ -203,6 +219,11 @@ func (n *Internet) serve(h hostSpec) error {
 	n.wg.Go(func() { _ = srv.Serve(l) }) // ends with Close
 	if h.name == "meta" {
 		return nil
+	}
+	if h.name == "api" {
+		if err := n.answerNames(); err != nil {
+			return err
+		}
 	}
 	if err := n.listen(h.name, ":5001", func(c net.Conn) {
 		buf := make([]byte, 256<<10)

@@ -45,6 +45,7 @@ const lockFile = "/run/bulkhead-test.lock"
 type Config struct {
 	Tenants   string // directory that is copied; empty: deploy/examples/tenants
 	Extra     string // more lines of TOML for the agent, at its end
+	Network   string // more lines of its [network]
 	Interval  string // between usage samples; empty: "1s"
 	Agent     string // path of the agent's program; empty: bulkhead-agent of Bin
 	NoGateway bool
@@ -173,7 +174,10 @@ func (r *Rig) AgentConfig() (string, error) {
 		return "", err
 	}
 	r.NotUnified = st.Type != unix.CGROUP2_SUPER_MAGIC
-	gateway := r.Gateway
+	gateway, upstream := r.Gateway, ""
+	if r.Net != nil {
+		upstream = fmt.Sprintf("[dns]\nupstreams = [%q]\n", Resolver)
+	}
 	text := fmt.Sprintf(`state_dir = %[1]q
 run_dir = %[2]q
 tenants_dir = %[3]q
@@ -191,7 +195,7 @@ pool4 = %[11]q
 pool6 = %[12]q
 link_prefix = %[13]q
 nft_table = %[14]q
-[egress]
+%[20]s[egress]
 pin_dir = %[15]q
 verify_every = "2s"
 [node]
@@ -199,10 +203,10 @@ cpu_overcommit = 64.0
 [usage]
 interval = %[16]q
 gateway = %[17]q
-%[18]s
+%[19]s%[18]s
 `, filepath.Join(r.Dir, "state"), filepath.Join(r.Dir, "run"), r.TenantsDir, r.Socket,
 		r.Containerd.Address, filepath.Join(r.Bin, "runc"), r.Containerd.RuncRoot, filepath.Join(r.Bin, "bulkhead-log"),
-		Slice, r.NotUnified, Pool4, Pool6, LinkPrefix, NFTable, r.pinDir(), r.cfg.Interval, gateway, r.cfg.Extra)
+		Slice, r.NotUnified, Pool4, Pool6, LinkPrefix, NFTable, r.pinDir(), r.cfg.Interval, gateway, r.cfg.Extra, upstream, r.cfg.Network)
 	path := filepath.Join(r.Dir, "bulkhead-agent.toml")
 	return path, os.WriteFile(path, []byte(text), 0o600)
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command vm runs suites of tests in a guest whose kernel and init are not the
-// host's: unified cgroup v2, and systemd as PID 1.
+// host's: unified cgroup v2, systemd as PID 1, and a kernel without TCX.
 //
 // The guest sees the host's root file system read-only through virtiofs, below
 // an overlay that lives in its memory, so programs built on the host run there

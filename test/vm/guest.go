@@ -46,7 +46,7 @@ func bootSteps() error {
 		fmt.Println(resultLine(p.Nonce, 0))
 		powerOff()
 	}
-	if err := loadModule("/overlay.ko"); err != nil {
+	if err := loadEarly("/early"); err != nil {
 		return err
 	}
 	if err := mountRoot(p.Repo); err != nil {
@@ -65,6 +65,20 @@ func bootSteps() error {
 		return err
 	}
 	return reap(p)
+}
+
+// loadEarly loads all modules of a directory in the order of their names.
+func loadEarly(dir string) error {
+	modules, err := os.ReadDir(dir) // sorted
+	if err != nil {
+		return err
+	}
+	for _, m := range modules {
+		if err := loadModule(filepath.Join(dir, m.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func loadModule(file string) error {
@@ -115,7 +129,7 @@ func dress(p plan, planBody []byte) error {
 	if err := os.MkdirAll(modules, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount(newRoot+filepath.Join(p.Repo, "build/vm/kernel/lib/modules"), modules, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(newRoot+filepath.Join(p.Repo, "build/vm/kernel-"+p.Kernel, "lib/modules"), modules, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind modules: %w", err)
 	}
 	// A host that is a container says so here, and systemd would believe it.

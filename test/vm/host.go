@@ -32,8 +32,12 @@ type host struct {
 	accel     string // "kvm" or "tcg" after prepare
 }
 
-func (h *host) bin(name string) string    { return filepath.Join(h.dir, "bin", name) }
-func (h *host) kernel(name string) string { return filepath.Join(h.dir, "kernel", name) }
+func (h *host) bin(name string) string { return filepath.Join(h.dir, "bin", name) }
+
+// kernel is a file of the kernel of a version, as kernel.sh leaves it.
+func (h *host) kernel(version, name string) string {
+	return filepath.Join(h.dir, "kernel-"+version, name)
+}
 
 // lock waits for another run in the same checkout; the file's closing ends it.
 func (h *host) lock(ctx context.Context) (*os.File, error) {
@@ -97,8 +101,10 @@ func (h *host) prepare(ctx context.Context) error {
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: the guest sees this machine's root file system")
 	}
-	if _, err := os.Stat(h.kernel("vmlinuz")); err != nil {
-		return fmt.Errorf("guest kernel (make setup-vm fetches it): %w", err)
+	for _, version := range []string{kernel612, kernel61} {
+		if _, err := os.Stat(h.kernel(version, "vmlinuz")); err != nil {
+			return fmt.Errorf("guest kernel %s (make setup-vm fetches it): %w", version, err)
+		}
 	}
 	if err := h.goTool(ctx, "build", "-o", h.bin("vm"), "./test/vm"); err != nil {
 		return err
@@ -125,7 +131,7 @@ func (h *host) goTool(ctx context.Context, verb string, args ...string) error {
 
 // build compiles the programs of a suite and answers what the guest runs.
 func (h *host) build(ctx context.Context, s suite) (plan, error) {
-	p := plan{Nonce: rand.Text(), Mode: s.mode, Repo: h.repo, Self: h.bin("vm"), Path: os.Getenv("PATH")}
+	p := plan{Nonce: rand.Text(), Mode: s.mode, Kernel: s.version(), Repo: h.repo, Self: h.bin("vm"), Path: os.Getenv("PATH")}
 	for _, st := range s.steps {
 		name := strings.ReplaceAll(strings.TrimPrefix(st.pkg, "./"), "/", "-")
 		ps := planStep{Name: st.pkg, Path: h.bin(name), Args: st.args, Dir: h.repo, Test: st.test, Limit: st.limit}
@@ -165,7 +171,7 @@ func (h *host) runSuite(ctx context.Context, s suite) error {
 	if err := h.writePlan(initrd, p); err != nil {
 		return err
 	}
-	fmt.Printf("vm: suite %s: booting with %s, built in %.0fs\n", s.name, h.accel, time.Since(start).Seconds())
+	fmt.Printf("vm: suite %s: booting %s with %s, built in %.0fs\n", s.name, p.Kernel, h.accel, time.Since(start).Seconds())
 
 	for attempt := 1; ; attempt++ {
 		code, err := h.bootOnce(ctx, s, p, initrd)
@@ -199,7 +205,7 @@ func (h *host) bootOnce(ctx context.Context, s suite, p plan, initrd string) (in
 		memoryMiB = s.memoryMiB
 	}
 	start := time.Now()
-	g, err := h.boot(ctx, h.accel, memoryMiB, initrd, true)
+	g, err := h.boot(ctx, h.accel, p.Kernel, memoryMiB, initrd, true)
 	if err != nil {
 		return 1, err
 	}
@@ -213,15 +219,11 @@ func (h *host) bootOnce(ctx context.Context, s suite, p plan, initrd string) (in
 }
 
 func (h *host) writePlan(initrd string, p plan) error {
-	overlay, err := os.ReadFile(h.kernel("overlay.ko"))
-	if err != nil {
-		return err
-	}
 	body, err := json.Marshal(p)
 	if err != nil {
 		return err
 	}
-	return writeInitrd(initrd, h.bin("vm"), overlay, body)
+	return writeInitrd(initrd, h.bin("vm"), h.kernel(p.Kernel, "early"), body)
 }
 
 // listen copies the console to log, shows it from the guest's first line on,

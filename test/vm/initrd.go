@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 )
 
 // cpioFile is an entry of the guest's initial RAM disk.
@@ -47,23 +48,36 @@ func padding(n int) int { return (4 - n%4) % 4 }
 
 func pad(s string) string { return s + "\x00\x00\x00"[:padding(len(s))] }
 
-// writeInitrd writes an initial RAM disk whose /init is this program.
-func writeInitrd(file, self string, overlay, plan []byte) error {
+// writeInitrd writes an initial RAM disk whose /init is this program. It holds
+// the plan and the modules of a directory.
+func writeInitrd(file, self, early string, plan []byte) error {
 	init, err := os.ReadFile(self)
 	if err != nil {
 		return err
+	}
+	files := []cpioFile{
+		{name: "dev", mode: typeDir | 0o755},
+		{name: "dev/console", mode: typeChar | 0o600, major: 5, minor: 1},
+		{name: "init", mode: typeFile | 0o755, body: init},
+		{name: "plan.json", mode: typeFile | 0o644, body: plan},
+		{name: "early", mode: typeDir | 0o755},
+	}
+	modules, err := os.ReadDir(early)
+	if err != nil {
+		return err
+	}
+	for _, m := range modules {
+		body, err := os.ReadFile(filepath.Join(early, m.Name()))
+		if err != nil {
+			return err
+		}
+		files = append(files, cpioFile{name: "early/" + m.Name(), mode: typeFile | 0o644, body: body})
 	}
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
-	err = writeCpio(f, []cpioFile{
-		{name: "dev", mode: typeDir | 0o755},
-		{name: "dev/console", mode: typeChar | 0o600, major: 5, minor: 1},
-		{name: "init", mode: typeFile | 0o755, body: init},
-		{name: "overlay.ko", mode: typeFile | 0o644, body: overlay},
-		{name: "plan.json", mode: typeFile | 0o644, body: plan},
-	})
+	err = writeCpio(f, files)
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}

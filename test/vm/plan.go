@@ -10,12 +10,13 @@ import (
 
 // plan is what the guest is to do; it travels as JSON in the initial RAM disk.
 type plan struct {
-	Nonce string // of the result line, so that no test's output can pass for it
-	Mode  mode
-	Repo  string // absolute, the same in the guest
-	Self  string // this program in the guest's root
-	Path  string // the host's PATH
-	Steps []planStep
+	Nonce  string // of the result line, so that no test's output can pass for it
+	Mode   mode
+	Kernel string // version
+	Repo   string // absolute, the same in the guest
+	Self   string // this program in the guest's root
+	Path   string // the host's PATH
+	Steps  []planStep
 }
 
 type planStep struct {

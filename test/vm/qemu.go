@@ -23,7 +23,7 @@ const fileServer = "/usr/lib/qemu/virtiofsd"
 const probeLimit = 8 * time.Second
 
 // boot starts a guest; share gives it this machine's root file system.
-func (h *host) boot(ctx context.Context, accel string, memoryMiB int, initrd string, share bool) (*guest, error) {
+func (h *host) boot(ctx context.Context, accel, kernel string, memoryMiB int, initrd string, share bool) (*guest, error) {
 	dir, err := os.MkdirTemp("", "bulkhead-vm")
 	if err != nil {
 		return nil, err
@@ -32,7 +32,7 @@ func (h *host) boot(ctx context.Context, accel string, memoryMiB int, initrd str
 	args := []string{
 		"-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-m", strconv.Itoa(memoryMiB) + "M", "-smp", "2",
-		"-kernel", h.kernel("vmlinuz"), "-initrd", initrd,
+		"-kernel", h.kernel(kernel, "vmlinuz"), "-initrd", initrd,
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off systemd.unit=" + targetUnit +
 			" systemd.show_status=false systemd.log_target=kmsg systemd.log_level=warning",
 	}
@@ -124,14 +124,14 @@ func (h *host) probeKVM(ctx context.Context) error {
 		return err
 	}
 	dev.Close()
-	p := plan{Nonce: "probe", Mode: probe}
+	p := plan{Nonce: "probe", Mode: probe, Kernel: kernel612}
 	initrd := filepath.Join(h.dir, "probe.initrd")
 	if err := h.writePlan(initrd, p); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, probeLimit, errors.New("/dev/kvm is there and runs nothing"))
 	defer cancel()
-	g, err := h.boot(ctx, "kvm", 512, initrd, false)
+	g, err := h.boot(ctx, "kvm", p.Kernel, 512, initrd, false)
 	if err != nil {
 		return err
 	}
