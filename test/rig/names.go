@@ -19,6 +19,7 @@ var names = map[string][]string{
 	"api.example.com.":          {API4.String(), API6.String()},
 	"far.example.com.":          {Forbidden4.String(), Forbidden6.String()},
 	"large.models.example.com.": {"->edge.cdn.example."},
+	"eu.models.example.com.":    {"->edge.cdn.example."},
 	"edge.cdn.example.":         {API4.String(), API6.String()},
 	"rebind.example.com.":       {Metadata4.String()},
 	"private.example.com.":      {"10.9.9.9"},

@@ -195,7 +195,7 @@ pool4 = %[11]q
 pool6 = %[12]q
 link_prefix = %[13]q
 nft_table = %[14]q
-%[20]s[egress]
+%[20]s%[19]s[egress]
 pin_dir = %[15]q
 verify_every = "2s"
 [node]
@@ -203,7 +203,7 @@ cpu_overcommit = 64.0
 [usage]
 interval = %[16]q
 gateway = %[17]q
-%[19]s%[18]s
+%[18]s
 `, filepath.Join(r.Dir, "state"), filepath.Join(r.Dir, "run"), r.TenantsDir, r.Socket,
 		r.Containerd.Address, filepath.Join(r.Bin, "runc"), r.Containerd.RuncRoot, filepath.Join(r.Bin, "bulkhead-log"),
 		Slice, r.NotUnified, Pool4, Pool6, LinkPrefix, NFTable, r.pinDir(), r.cfg.Interval, gateway, r.cfg.Extra, upstream, r.cfg.Network)

@@ -60,3 +60,38 @@ func TestPublishedPortInAnothersName(t *testing.T) {
 		t.Errorf("nothing was dropped: %v", b.drops(t))
 	}
 }
+
+// The answers of a published UDP port leave to who asked.
+func TestPublishedUDPPort(t *testing.T) {
+	n := theWorld(t)
+	const port, hostPort = 5300, 30082
+	p, err := netpol.WithPublished(compile(t, ""), "acme", []netpol.PortRange{{Lo: port, Hi: port, Proto: netpol.UDP}})
+	must(t, err)
+	b := n.launch(t, p)
+	must(t, n.links.Publish(b.id, []link.Port{{Host: hostPort, Sandbox: port, Proto: protoUDP}}))
+	for _, host := range []netip.Addr{host4, host6} {
+		var server, visitor net.PacketConn
+		must(t, in(b.ns, func() (err error) {
+			server, err = net.ListenPacket("udp", netip.AddrPortFrom(b.addr(host.Is6()), port).String())
+			return err
+		}))
+		must(t, in(n.far, func() (err error) {
+			visitor, err = net.ListenPacket("udp", netip.AddrPortFrom(map[bool]netip.Addr{false: far4, true: far6}[host.Is6()], 0).String())
+			return err
+		}))
+		buf := make([]byte, 16)
+		must(t, server.SetDeadline(time.Now().Add(patience)))
+		must(t, visitor.SetDeadline(time.Now().Add(patience)))
+		_, err := visitor.WriteTo([]byte("ping"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(host, hostPort)))
+		must(t, err)
+		_, from, err := server.ReadFrom(buf)
+		must(t, err)
+		_, err = server.WriteTo([]byte("pong"), from)
+		must(t, err)
+		if _, _, err := visitor.ReadFrom(buf); err != nil {
+			t.Errorf("no answer from %s: %v; drops %v", host, err, b.drops(t))
+		}
+		must(t, server.Close())
+		must(t, visitor.Close())
+	}
+}
