@@ -32,7 +32,7 @@ const (
 func main() {
 	start := time.Now()
 	d := &demo{ctx: context.Background()}
-	fmt.Println("Bulkhead demo: two tenants, real sandboxes, one bill")
+	fmt.Println("Bulkhead demo: three customers, real sandboxes, one bill")
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGINT, syscall.SIGTERM)
 	done := make(chan error, 1)
@@ -127,7 +127,7 @@ func (d *demo) run() (err error) {
 func (d *demo) tenants() error {
 	d.head("1. Customers who do not trust each other share this node")
 	out, code := d.show("tenant", "ls")
-	d.check("both tenants are there", code == 0 && strings.Contains(out, "acme") && strings.Contains(out, "globex"), out)
+	d.check("all three are there", code == 0 && strings.Contains(out, "acme") && strings.Contains(out, "globex") && strings.Contains(out, "hooli"), out)
 	return nil
 }
 
