@@ -290,6 +290,7 @@ func (n *node) newSupervisor() (*supervisor.Supervisor, error) {
 			MemoryBytes: n.memory - reserveMemory, Sandboxes: int64(c.Sandbox.Max),
 		},
 		PublishPorts: admit.Ports{Lo: c.Network.PublishPorts.Lo, Hi: c.Network.PublishPorts.Hi},
+		HostListens:  hostListens,
 		MaxSlot:      c.Sandbox.Max, KeepStopped: c.Sandbox.KeepStopped, LogMaxBytes: c.Sandbox.LogMaxSize.Bytes, LogFiles: c.Sandbox.LogFiles,
 		ResolvConf: resolv, Hosts: hosts, Partial: c.Cgroups.AllowPartial, NotEnforced: n.tree.NotEnforced(),
 		Interval: c.Usage.Interval.Duration, VerifyEvery: c.Egress.VerifyEvery.Duration, Grace: c.Sandbox.StopGrace.Duration,

@@ -49,7 +49,7 @@ func (n *node) info(ctx context.Context) (*nodev1.NodeInfoResponse, error) {
 		Sandboxes:       used.Sandboxes,
 		NotEnforced:     n.tree.NotEnforced(),
 		CgroupMode:      n.tree.Mode().String(),
-		EgressHook:      "tcx",
+		EgressHook:      n.egress.Hook(),
 		Warnings:        n.sup.Warnings(),
 		Pid:             int64(os.Getpid()),
 		StartedNs:       n.started.UnixNano(),

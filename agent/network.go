@@ -8,17 +8,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/bulkheadhq/bulkhead/agent/budget"
 	eventlog "github.com/bulkheadhq/bulkhead/agent/egress"
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/agent/supervisor"
 	"github.com/bulkheadhq/bulkhead/netpol"
 	"github.com/bulkheadhq/bulkhead/netpol/dns"
@@ -91,6 +95,24 @@ func hostResolvers(file string) (upstreams []string, err error) {
 		return nil, fmt.Errorf("read the host's resolvers in %s: %w", file, err)
 	}
 	return upstreams, nil
+}
+
+// hostListens says whether a service of this machine has a port, by trying to
+// take it.
+func hostListens(p sandbox.Port) bool {
+	address := net.JoinHostPort("", strconv.Itoa(int(p.Host)))
+	var c io.Closer
+	var err error
+	if p.Proto == netpol.UDP {
+		c, err = net.ListenPacket("udp", address)
+	} else {
+		c, err = net.Listen("tcp", address)
+	}
+	if err != nil {
+		return errors.Is(err, syscall.EADDRINUSE)
+	}
+	_ = c.Close() // nothing was sent
+	return false
 }
 
 // resolvConf is what sandboxes see as /etc/resolv.conf.

@@ -3,12 +3,39 @@
 package agent
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/bulkheadhq/bulkhead/agent/sandbox"
+	"github.com/bulkheadhq/bulkhead/netpol"
 )
+
+// TestHostListens: a port that a socket of this machine has, on whatever
+// address, is not free for sandboxes.
+func TestHostListens(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := net.ListenPacket("udp", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp := sandbox.Port{Host: uint16(l.Addr().(*net.TCPAddr).Port), Proto: netpol.TCP}
+	udp := sandbox.Port{Host: uint16(u.LocalAddr().(*net.UDPAddr).Port), Proto: netpol.UDP}
+	if !hostListens(tcp) || !hostListens(udp) {
+		t.Errorf("listening: %t, %t", hostListens(tcp), hostListens(udp))
+	}
+	l.Close()
+	u.Close()
+	if hostListens(tcp) || hostListens(udp) {
+		t.Errorf("closed: %t, %t", hostListens(tcp), hostListens(udp))
+	}
+}
 
 func TestHostResolvers(t *testing.T) {
 	dir := t.TempDir()

@@ -3,6 +3,7 @@
 package netpol
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -53,7 +54,8 @@ type compiler struct {
 	bounds []flatBound
 	// byPrefix: what begins and what ends at a prefix.
 	byPrefix map[netip.Prefix]*marks
-	prefixes []netip.Prefix // keys of byPrefix, sorted
+	prefixes []netip.Prefix        // keys of byPrefix, sorted
+	decided  map[string][]PortRule // by what is active
 }
 
 type flatRule struct {
@@ -116,6 +118,11 @@ func (c *compiler) number() {
 	last := c.layers[len(c.layers)-1]
 	if len(c.rules) > MaxRules {
 		c.add(last, 0, "%s has %d rules together with its ancestors, at most %d are allowed", last.Tenant, len(c.rules), MaxRules)
+	}
+	if rated := slices.DeleteFunc(slices.Clone(c.rules), func(r flatRule) bool { return r.rule.Rate == 0 }); len(rated) > MaxRated {
+		over := rated[MaxRated]
+		c.add(c.layers[over.layer], over.rule.Line, "%s has %d rules with a rate together with its ancestors, at most %d are allowed: give them one policy rate, or fewer rules",
+			last.Tenant, len(rated), MaxRated)
 	}
 	if targets > MaxTargets {
 		c.add(last, 0, "%s has %d targets and exceptions together with its ancestors, at most %d are allowed", last.Tenant, targets, MaxTargets)
@@ -216,6 +223,7 @@ type frame struct {
 // makes an entry wherever the decision differs from the one around it.
 func (c *compiler) walk() {
 	var stack []frame
+	c.decided = map[string][]PortRule{}
 	for _, p := range c.prefixes {
 		for len(stack) > 0 && !covers(stack[len(stack)-1].prefix, p) {
 			stack[len(stack)-1].leave()
@@ -223,7 +231,7 @@ func (c *compiler) walk() {
 		}
 		f := frame{prefix: p}
 		f.enter(c.byPrefix[p])
-		f.ports = c.decide(p)
+		f.ports = c.decideOnce(p)
 		var around []PortRule
 		if len(stack) > 0 {
 			around = stack[len(stack)-1].ports
@@ -259,6 +267,28 @@ func (f *frame) leave() {
 		cl.holds = false
 		*cl.active--
 	}
+}
+
+// decideOnce is decide, remembered: it depends on nothing but the rules and
+// bounds that are active, and thousands of prefixes may have the same.
+func (c *compiler) decideOnce(p netip.Prefix) []PortRule {
+	var key []byte
+	for i := range c.rules {
+		if c.rules[i].active > 0 {
+			key = binary.AppendUvarint(key, uint64(i))
+		}
+	}
+	for i := range c.bounds {
+		if c.bounds[i].active > 0 {
+			key = binary.AppendUvarint(key, uint64(len(c.rules)+i))
+		}
+	}
+	ports, ok := c.decided[string(key)]
+	if !ok {
+		ports = c.decide(p)
+		c.decided[string(key)] = ports
+	}
+	return ports
 }
 
 // decide answers the steps for addresses whose longest prefix is p, from the

@@ -47,6 +47,10 @@ func (c *compiler) names() {
 			c.prog.Names = append(c.prog.Names, n)
 		}
 	}
+	c.prog.byPattern = map[string][]int{}
+	for i, n := range c.prog.Names {
+		c.prog.byPattern[n.Pattern] = append(c.prog.byPattern[n.Pattern], i)
+	}
 	c.checkNameSteps()
 	if audit {
 		c.prog.AuditIn = before[c.auditFrom]

@@ -27,9 +27,8 @@ type NameVerdict struct {
 func (p Program) Name(name string) NameVerdict {
 	v := NameVerdict{Rule: -1, Reason: ReasonNoRule}
 	watched := -1 // the first deny rule that only watches
-	for _, n := range p.Names {
+	for _, n := range p.matching(name) {
 		switch {
-		case !MatchName(n.Pattern, name):
 		case n.Deny && !n.Audit:
 			return NameVerdict{Rule: int(n.Rule), Reason: ReasonDenied}
 		case n.Deny:
@@ -55,6 +54,29 @@ func (p Program) Name(name string) NameVerdict {
 	}
 	v.AllowPrivate = v.AllowPrivate || v.Audit && !v.Allowed
 	return v
+}
+
+// matching answers the rules about names that match a name, in order. A policy
+// may have thousands, and an answer hundreds of addresses.
+func (p Program) matching(name string) []NameRule {
+	var out []NameRule
+	if p.byPattern == nil {
+		for _, n := range p.Names {
+			if MatchName(n.Pattern, name) {
+				out = append(out, n)
+			}
+		}
+		return out
+	}
+	var found []int
+	for _, pattern := range widerPatterns(name) {
+		found = append(found, p.byPattern[pattern]...)
+	}
+	slices.Sort(found)
+	for _, i := range found {
+		out = append(out, p.Names[i])
+	}
+	return out
 }
 
 // mayName says whether every rail can leave some of ports open for a name.
@@ -113,8 +135,8 @@ func (p Program) Learn(name string, addr netip.Addr) []PortRule {
 	}
 	s := steps{}
 	private := PrivateAddr(addr)
-	for _, n := range p.Names {
-		if n.Deny || private && !n.AllowPrivate || !MatchName(n.Pattern, name) {
+	for _, n := range p.matching(name) {
+		if n.Deny || private && !n.AllowPrivate {
 			continue
 		}
 		s.add(PortRule{Rule: n.Rule}, inRails(p.Rails[:n.Within], name, addr, n.Ports))

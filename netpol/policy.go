@@ -117,6 +117,7 @@ func (m Mode) String() string {
 const (
 	MaxPolicyBytes = 1 << 20 // size of one policy file
 	MaxRules       = 1024    // rules of a chain of layers
+	MaxRated       = 16      // those that have a rate
 	MaxTargets     = 16384   // targets and exceptions of a chain of layers, those of guardrails included
 	MaxPortRules   = 32      // port rules of one Entry
 
@@ -288,6 +289,8 @@ type Program struct {
 	Mode      Mode     // ModeAudit: steps or names may be let pass for audit alone
 	AuditIn   int      // in ModeAudit, nothing is let pass outside the first so many of Rails
 	Digest    [32]byte // equal for programs that decide and count alike
+
+	byPattern map[string][]int // indices of Names; nil: not known, all are looked at
 }
 
 // RuleRef names a rule of the chain. ID is its index in Program.Rules.

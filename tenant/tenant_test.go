@@ -59,13 +59,14 @@ func TestExamples(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]Path{"acme", "acme/vision", "globex"}, paths(s.All())); diff != "" {
+	if diff := cmp.Diff([]Path{"acme", "acme/vision", "globex", "hooli"}, paths(s.All())); diff != "" {
 		t.Errorf("tenants (-want +got):\n%s", diff)
 	}
 	want := map[Path]Quota{
 		"acme":        {CPUMillis: 2000, MemoryBytes: 1 << 30, PIDs: 512, Sandboxes: 8},
 		"acme/vision": {CPUMillis: 1000, MemoryBytes: 512 << 20, PIDs: 256, Sandboxes: 4},
 		"globex":      {CPUMillis: 1000, MemoryBytes: 512 << 20},
+		"hooli":       {CPUMillis: 1000, MemoryBytes: 512 << 20},
 	}
 	for _, tn := range s.All() {
 		if got := tn.Quota; got != want[tn.Path] {
@@ -92,6 +93,7 @@ func TestExamples(t *testing.T) {
 		{"globex", tcp("203.0.113.128", 80), ""},
 		{"globex", tcp("203.0.113.10", 443), ""},
 		{"globex", tcp("2001:db8:113::10", 80), ""},
+		{"hooli", tcp("203.0.113.10", 80), ""}, // until api.example.com has resolved to it
 	} {
 		p, err := s.Compile(tt.path, nil)
 		if err != nil {

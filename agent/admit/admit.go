@@ -105,9 +105,10 @@ func (p Ports) contains(port uint16) bool { return port != 0 && p.Lo <= port && 
 
 // Node is what the node has to give, and whether it may.
 type Node struct {
-	Capacity     tenant.Quota // 0: no bound
-	PublishPorts Ports        // those that sandboxes may publish
-	SpoolFull    string       // not empty: why usage cannot be recorded now
+	Capacity     tenant.Quota            // 0: no bound
+	PublishPorts Ports                   // those that sandboxes may publish
+	Listens      func(sandbox.Port) bool // optional: whether a service of the node has a port
+	SpoolFull    string                  // not empty: why usage cannot be recorded now
 }
 
 // Sum adds up what a tenant and all below it hold. The empty path sums all.
@@ -145,11 +146,12 @@ func Decide(set *tenant.Set, node Node, claims []Claim, want Claim) *Denied {
 		d.Reason, d.SetBy = NodeCapacity, "node"
 		return d
 	}
-	return published(node.PublishPorts, claims, want)
+	return published(node, claims, want)
 }
 
 // published answers why a port that want publishes is not to be had.
-func published(may Ports, claims []Claim, want Claim) *Denied {
+func published(node Node, claims []Claim, want Claim) *Denied {
+	may := node.PublishPorts
 	for _, p := range want.Publish {
 		d := &Denied{Reason: PublishPort, Resource: HostPort, Want: int64(p.Host), Tenant: want.Tenant, SetBy: "node"}
 		switch holder := holderOf(p, claims); {
@@ -157,6 +159,8 @@ func published(may Ports, claims []Claim, want Claim) *Denied {
 			d.Hint = "this node publishes none; its operator can set network.publish_ports"
 		case !may.contains(p.Host):
 			d.Hint = fmt.Sprintf("this node publishes %d-%d (network.publish_ports)", may.Lo, may.Hi)
+		case holder == nil && node.Listens != nil && node.Listens(p):
+			d.Hint = "a service of the node listens there"
 		case holder == nil:
 			continue
 		case want.Tenant.Contains(holder.Tenant):

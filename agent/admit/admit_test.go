@@ -91,9 +91,11 @@ func TestPublish(t *testing.T) {
 		{"taken below", some, "acme", []sandbox.Port{port(30002, netpol.TCP)}, 30002, "sandbox web of acme/vision has it"},
 		{"taken by itself", some, "globex", []sandbox.Port{port(30003, netpol.TCP)}, 30003, "sandbox api of globex has it"},
 		{"taken above", some, "acme/vision", []sandbox.Port{port(30003, netpol.TCP)}, 30003, "a sandbox of another tenant has it"},
+		{"the node's own", some, "acme", []sandbox.Port{port(30005, netpol.TCP)}, 30005, "a service of the node listens there"},
 		{"the other protocol's", some, "acme", []sandbox.Port{port(30003, netpol.UDP)}, 0, ""},
 	} {
-		d := Decide(set(t), Node{PublishPorts: c.may}, held, Claim{Tenant: c.tenant, Publish: c.want})
+		listens := func(p sandbox.Port) bool { return p.Host == 30005 }
+		d := Decide(set(t), Node{PublishPorts: c.may, Listens: listens}, held, Claim{Tenant: c.tenant, Publish: c.want})
 		switch {
 		case c.port == 0 && d != nil:
 			t.Errorf("%s: refused: %v", c.name, d)

@@ -121,10 +121,11 @@ type Spool interface {
 type Config struct {
 	Log          *slog.Logger
 	Place        place.Node
-	Defaults     sandbox.Limits // for limits that a Spec leaves at zero
-	Biggest      sandbox.Limits // what one sandbox can have at most
-	Capacity     tenant.Quota   // what all can have together
-	PublishPorts admit.Ports    // of the node, that sandboxes may publish
+	Defaults     sandbox.Limits          // for limits that a Spec leaves at zero
+	Biggest      sandbox.Limits          // what one sandbox can have at most
+	Capacity     tenant.Quota            // what all can have together
+	PublishPorts admit.Ports             // of the node, that sandboxes may publish
+	HostListens  func(sandbox.Port) bool // optional: whether a service of the node has a port
 	MaxSlot      uint32
 	LogMaxBytes  int64
 	LogFiles     int

@@ -241,7 +241,7 @@ func (s *Supervisor) reserve(rec sandbox.Record, claim admit.Claim) (*box, error
 }
 
 func (s *Supervisor) node() admit.Node {
-	n := admit.Node{Capacity: s.cfg.Capacity, PublishPorts: s.cfg.PublishPorts}
+	n := admit.Node{Capacity: s.cfg.Capacity, PublishPorts: s.cfg.PublishPorts, Listens: s.cfg.HostListens}
 	if s.cfg.SpoolFull != nil {
 		n.SpoolFull = s.cfg.SpoolFull()
 	}

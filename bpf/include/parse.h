@@ -39,7 +39,7 @@ struct bh_packet {
 	__u32 proto; /* IPPROTO_ICMP of an echo request of either family */
 	__u16 sport, port; /* source and destination, host byte order; BH_ECHO4 of an echo request */
 	__u16 hdrs; /* IP and L4 headers */
-	__u16 opens; /* inbound: a TCP segment that opens a connection */
+	__u16 opens; /* a TCP segment that opens a connection */
 	__u32 segments;
 	__u64 bytes; /* IP header and payload of all segments */
 };
@@ -123,6 +123,7 @@ static __always_inline __u32 l4_strict(struct bh_packet *p, void *l4, void *end,
 			return BH_BAD_LENGTH;
 		p->sport = bpf_ntohs(tcp->source);
 		p->port = bpf_ntohs(tcp->dest);
+		p->opens = tcp->syn && !tcp->ack;
 		p->hdrs = l3_hdr + doff;
 		return BH_ALLOWED;
 	}

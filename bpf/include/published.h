@@ -32,7 +32,11 @@ static __always_inline void inbound_key(struct bh_inbound *k, const struct bh_sl
 	k->addr = *(const struct bh_addr *)&p->other.family;
 }
 
-/* Whether a packet of the sandbox answers a connection to a published port; then under which rule. */
+/*
+ * Whether a packet of the sandbox answers a connection to a published port; then
+ * under which rule. What opens a connection is no answer: whoever asked may have
+ * asked in another's name.
+ */
 static __always_inline int is_answer(const struct bh_slot *s, __u32 slot, __u32 policy, const struct bh_packet *p,
 				     __u32 *rule)
 {
@@ -40,7 +44,7 @@ static __always_inline int is_answer(const struct bh_slot *s, __u32 slot, __u32 
 	const struct bh_published *port;
 	struct bh_inbound k;
 
-	if (!h || !h->published)
+	if (!h || !h->published || p->opens)
 		return 0;
 	port = published(h, p->sport, p->proto);
 	if (!port)

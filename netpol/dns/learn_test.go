@@ -554,3 +554,30 @@ func TestRestart(t *testing.T) {
 		t.Error("an id may leave the directory")
 	}
 }
+
+// While no process runs, nobody tells the kernel the time: an address that a
+// flow has used all along looks as if it had been idle since.
+func TestFlowThatOutlivedTheProcess(t *testing.T) {
+	z := newZone("www.example.com. 1 A 93.184.216.34", "b.cdn.example.com. 1 A 93.184.216.35")
+	p := compile(t, webRules)
+	short := func(c *Config) { c.Floor, c.Cap, c.Idle = time.Second, time.Second, 200*time.Millisecond }
+	r := newRig(t, p, z, short)
+	r.ask("www.example.com", mdns.TypeA)
+	r.ask("b.cdn.example.com", mdns.TypeA)
+	if err := r.srv.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.tb.set(func() { r.tb.used[netip.MustParseAddr("93.184.216.34")] = 10 * time.Minute })
+	time.Sleep(2100 * time.Millisecond) // both have expired
+	r.open(p, short)
+	r.sb.expire(time.Now())
+	if got := r.tb.has(); !slices.Equal(got, []string{"93.184.216.34"}) {
+		t.Errorf("after the restart the kernel has %v, want what was in use", got)
+	}
+	time.Sleep(300 * time.Millisecond)
+	r.sb.expire(time.Now().Add(time.Second))
+	if got := r.tb.has(); len(got) != 0 {
+		t.Errorf("idle for long enough, and still there: %v", got)
+	}
+	r.consistent()
+}

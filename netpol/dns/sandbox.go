@@ -56,6 +56,9 @@ type sandbox struct {
 	jr     journal
 	check  time.Time // nothing ends before; zero: nothing is known to end
 	later  []Event   // to be emitted when mu is free
+	// resumed is when this process took up leases of an earlier one; zero: there
+	// were none. Nobody has moved the kernel's clock in between.
+	resumed time.Time
 }
 
 func newSandbox(s *Server, sb Sandbox, path string) *sandbox {
@@ -103,6 +106,9 @@ func (sb *sandbox) takeUp(as Sandbox) (closed bool, err error) {
 			sb.cfg.Log.Warn("the end of the resolver's journal is torn", "sandbox", sb.id, "bytes", torn)
 		}
 		from, sb.slot = st, as.Slot
+		if st.leases > 0 {
+			sb.resumed = time.Now()
+		}
 	}
 	next, _ := from.under(as.Program)
 	if err := sb.reconcile(as.Program, next); err != nil {
@@ -267,10 +273,14 @@ func (sb *sandbox) expire(now time.Time) {
 // busy is how long an address is still kept for its last packet; 0: it need
 // not be.
 func (sb *sandbox) busy(used map[netip.Addr]time.Duration, a netip.Addr) time.Duration {
-	if ago, ok := used[a]; ok && ago >= 0 && ago < sb.cfg.Idle {
-		return sb.cfg.Idle - ago
+	ago, ok := used[a]
+	if !ok || ago < 0 {
+		return 0
 	}
-	return 0
+	if !sb.resumed.IsZero() { // a flow may have gone on all the time
+		ago = min(ago, time.Since(sb.resumed))
+	}
+	return max(sb.cfg.Idle-ago, 0)
 }
 
 // open opens the sockets and serves them. sb.life is held.

@@ -70,11 +70,15 @@ type Stats struct {
 	UpstreamBytesOut uint64
 }
 
+// counters of one sandbox, and what else the upstreams must know of it.
 type counters struct {
 	queries, answered, audited, denied, noRule, qtype, name, rate, tunnel, malformed,
 	upstream, stripped, learn, dropped, panics,
 	strippedAddrs, evicted, expired, spoofed, suppressed,
 	clientIn, clientOut, upstreamIn, upstreamOut atomic.Uint64
+
+	asking atomic.Int64 // queries under way to the upstreams
+	prefer preference
 }
 
 func (c *counters) stats() Stats {

@@ -28,18 +28,24 @@ const (
 	goodFor   = 30 * time.Second
 	idleConns = 4 // kept of one tls:// upstream
 	idleFor   = 20 * time.Second
+	fairShare = 8 // queries of a sandbox once half of all places are taken
 )
 
 // errNotOurs says that a message is not the answer to the question.
 var errNotOurs = errors.New("not an answer to the question")
 
-// upstreams asks the configured servers in order. One that answered where
-// those before it did not is asked first for a while.
+// upstreams asks the configured servers in order.
 type upstreams struct {
 	list    []*upstream
 	timeout time.Duration
 	slots   chan struct{} // one for each query that may be under way
+}
 
+// preference is the upstream that answered a sandbox where those before it did
+// not: it is asked first for a while. It is each sandbox's own, since whoever
+// owns a name may let it fail at one upstream and not at another: others must
+// not be led away from the first by that.
+type preference struct {
 	mu    sync.Mutex
 	first int
 	until time.Time // first is asked first so long
@@ -114,14 +120,14 @@ func parseUpstream(text string, roots *x509.CertPool) (*upstream, error) {
 }
 
 // order lists the upstreams as they are to be asked; a single one twice.
-func (us *upstreams) order(now time.Time) []int {
-	us.mu.Lock()
-	defer us.mu.Unlock()
-	out := make([]int, 0, len(us.list)+1)
-	if us.first != 0 && now.Before(us.until) {
-		out = append(out, us.first)
+func (p *preference) order(upstreams int, now time.Time) []int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := make([]int, 0, upstreams+1)
+	if p.first != 0 && now.Before(p.until) {
+		out = append(out, p.first)
 	}
-	for i := range us.list {
+	for i := range upstreams {
 		if !slices.Contains(out, i) {
 			out = append(out, i)
 		}
@@ -132,17 +138,23 @@ func (us *upstreams) order(now time.Time) []int {
 	return out
 }
 
-func (us *upstreams) good(i int, now time.Time) {
-	us.mu.Lock()
-	defer us.mu.Unlock()
-	if i != us.first || !now.Before(us.until) {
-		us.first, us.until = i, now.Add(goodFor)
+func (p *preference) good(i int, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i != p.first || !now.Before(p.until) {
+		p.first, p.until = i, now.Add(goodFor)
 	}
 }
 
 // exchange answers what the first upstream says that says anything of use: no
 // error, or that there is no such name.
 func (us *upstreams) exchange(ctx context.Context, st *counters, name string, qtype uint16) (*message, error) {
+	// Names that nobody answers hold their places for seconds: one tenant's must
+	// not take those of all.
+	defer st.asking.Add(-1)
+	if st.asking.Add(1) > fairShare && len(us.slots) > cap(us.slots)/2 {
+		return nil, fmt.Errorf("more than %d queries of the sandbox are under way on a busy node", fairShare)
+	}
 	select {
 	case us.slots <- struct{}{}:
 		defer func() { <-us.slots }()
@@ -150,13 +162,13 @@ func (us *upstreams) exchange(ctx context.Context, st *counters, name string, qt
 		return nil, fmt.Errorf("too many queries are under way: %w", ctx.Err())
 	}
 	var errs []error
-	for _, i := range us.order(time.Now()) {
+	for _, i := range st.prefer.order(len(us.list), time.Now()) {
 		m, err := us.attempt(ctx, us.list[i], st, name, qtype)
 		if err == nil && m.Rcode != mdns.RcodeSuccess && m.Rcode != mdns.RcodeNameError {
 			err = fmt.Errorf("answered %s", mdns.RcodeToString[m.Rcode])
 		}
 		if err == nil {
-			us.good(i, time.Now())
+			st.prefer.good(i, time.Now())
 			return m, nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", us.list[i].addr, err))

@@ -164,11 +164,37 @@ func TestFailOver(t *testing.T) {
 	if m.Rcode != mdns.RcodeServerFailure || !strings.Contains(told(m), "refused") {
 		t.Errorf("all sick: %s", told(m))
 	}
-	us := &upstreams{list: make([]*upstream, 3)}
+	var p preference
 	now := time.Now()
-	us.good(2, now)
-	if got := fmt.Sprint(us.order(now.Add(time.Second)), us.order(now.Add(time.Minute))); got != "[2 0 1] [0 1 2]" {
+	p.good(2, now)
+	if got := fmt.Sprint(p.order(3, now.Add(time.Second)), p.order(3, now.Add(time.Minute))); got != "[2 0 1] [0 1 2]" {
 		t.Errorf("order %s", got)
+	}
+}
+
+// Who owns a name can let it fail at one upstream. Other sandboxes go on to ask
+// the first all the same.
+func TestFailOverIsNobodyElses(t *testing.T) {
+	first, second := newZone(web), newZone(web, "evil.cdn.example.com. 60 A 93.184.216.40")
+	first.reply = func(w mdns.ResponseWriter, r *mdns.Msg) bool {
+		if plain(r.Question[0].Name) != "evil.cdn.example.com" {
+			return false
+		}
+		m := new(mdns.Msg)
+		_ = w.WriteMsg(m.SetRcode(r, mdns.RcodeServerFailure))
+		return true
+	}
+	r := upstreamRig(t, nil, serveZone(t, first), serveZone(t, second))
+	if got := told(r.ask("evil.cdn.example.com", mdns.TypeA)); got != "NOERROR 93.184.216.40" {
+		t.Fatal(got)
+	}
+	was := second.asked.Load()
+	var neighbour counters
+	if _, err := r.srv.up.exchange(t.Context(), &neighbour, "www.example.com", mdns.TypeA); err != nil {
+		t.Fatal(err)
+	}
+	if second.asked.Load() != was {
+		t.Error("a neighbour was led to the second upstream")
 	}
 }
 
@@ -396,5 +422,37 @@ func TestCloseDoesNotWait(t *testing.T) {
 	r.srv.Close()
 	if err := r.srv.Start(context.Background(), Sandbox{ID: testID}); err != ErrClosed {
 		t.Errorf("start after close: %v", err)
+	}
+}
+
+// A sandbox whose names nobody answers does not take the places of others.
+func TestBusyUpstreams(t *testing.T) {
+	z := newZone(web)
+	z.reply = func(w mdns.ResponseWriter, r *mdns.Msg) bool { return plain(r.Question[0].Name) != "www.example.com" }
+	us, err := newUpstreams(Config{Timeout: time.Second, UpstreamInFlight: 24, Upstreams: []string{serveZone(t, z)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var greedy, other counters
+	var all sync.WaitGroup
+	for i := range 64 {
+		all.Go(func() { _, _ = us.exchange(ctx, &greedy, fmt.Sprintf("n%d.cdn.example.com", i), mdns.TypeA) })
+	}
+	eventually := time.Now().Add(5 * time.Second)
+	for len(us.slots) < 13 && time.Now().Before(eventually) {
+		time.Sleep(time.Millisecond)
+	}
+	start := time.Now()
+	if _, err := us.exchange(t.Context(), &other, "www.example.com", mdns.TypeA); err != nil {
+		t.Errorf("the other sandbox: %v", err)
+	}
+	if d := time.Since(start); d > 500*time.Millisecond {
+		t.Errorf("the other sandbox waited for %s", d)
+	}
+	cancel()
+	all.Wait()
+	if n := greedy.asking.Load() + other.asking.Load(); n != 0 {
+		t.Errorf("%d queries are still counted", n)
 	}
 }

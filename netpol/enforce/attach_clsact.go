@@ -34,6 +34,8 @@ const (
 // must run in the network namespace of the links.
 type clsact struct{ e *Enforcer }
 
+func (clsact) name() string { return "clsact" }
+
 func (c clsact) pin(id string, h hook, ifindex int) string {
 	return filepath.Join(c.e.linkDir(id), h.pin+"_"+strconv.Itoa(ifindex))
 }

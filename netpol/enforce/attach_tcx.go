@@ -18,6 +18,7 @@ import (
 
 // hooking puts programs on links and keeps them there. id is that of a sandbox.
 type hooking interface {
+	name() string
 	// attach makes sure that the hook's program runs first on the link and is
 	// pinned. It puts right what differs.
 	attach(id string, ifindex int, h hook) error
@@ -68,6 +69,11 @@ func (e *Enforcer) newHooking() (hooking, error) {
 // tcx puts programs on links on kernel 6.6 and later. A pinned bpf_link holds
 // each program there, under links/<id>/HOOK.
 type tcx struct{ e *Enforcer }
+
+func (tcx) name() string { return "tcx" }
+
+// Hook names where programs are attached: tcx or clsact.
+func (e *Enforcer) Hook() string { return e.hooking.name() }
 
 func (x tcx) pin(id string, h hook) string { return filepath.Join(x.e.linkDir(id), h.pin) }
 

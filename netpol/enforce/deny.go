@@ -133,11 +133,13 @@ func hardDenySet(pools, host, operator []netip.Prefix) (map[bpf.DatapathBhLpmKey
 	}
 	set := map[bpf.DatapathBhLpmKey]reason{}
 	for _, d := range slices.Concat(all, fixed) {
-		k, err := lpmKey(d.prefix)
-		if err != nil {
-			return nil, err
+		for _, p := range append(netpol.Embedded(d.prefix), d.prefix) {
+			k, err := lpmKey(p)
+			if err != nil {
+				return nil, err
+			}
+			set[k] = d.why
 		}
-		set[k] = d.why
 	}
 	return set, nil
 }
@@ -165,7 +167,9 @@ func (e *Enforcer) readHostAddrs() error {
 	}
 	maps.DeleteFunc(have, func(_ bpf.DatapathBhLpmKey, why reason) bool { return why != denyHost })
 	for k := range have {
-		e.hostAddrs = append(e.hostAddrs, prefixOf(k))
+		if p := prefixOf(k); !netpol.Embeds(p) { // those follow from the IPv4 ones
+			e.hostAddrs = append(e.hostAddrs, p)
+		}
 	}
 	return nil
 }

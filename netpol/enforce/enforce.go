@@ -47,6 +47,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/bulkheadhq/bulkhead/bpf"
+	"github.com/bulkheadhq/bulkhead/netpol"
 )
 
 // Sentinels.
@@ -63,7 +64,8 @@ var (
 // DefaultMaxSandboxes is used when Config says 0.
 const DefaultMaxSandboxes = 4096
 
-// rulesPerSandbox is the mean that the table of rule names has room for.
+// rulesPerSandbox is how many counters of rules every sandbox can have. The table
+// of rule names has room for twice as many: the rest is for who comes first.
 const rulesPerSandbox = 32
 
 // Config is what Open needs to know. MaxSandboxes is fixed while pins exist.
@@ -199,10 +201,12 @@ func (e *Enforcer) size() {
 	for _, name := range []string{"policies", "policy_info", "learned", "heads"} {
 		m[name].MaxEntries = 2*n + 1
 	}
-	m["rates"].MaxEntries = 4*n + 1
+	// All that any sandbox may have, in force and being loaded: no tenant's
+	// rates must be in the way of another's policy.
+	m["rates"].MaxEntries = 2*(netpol.MaxRated+netpol.MaxLevels)*n + 1
 	m["budgets"].MaxEntries = 2*n + 1
 	m["leases"].MaxEntries = 2*n + 1
-	m["rule_names"].MaxEntries = max(n*rulesPerSandbox, rulesPerPage)
+	m["rule_names"].MaxEntries = max(2*n*rulesPerSandbox, rulesPerPage)
 	take := func(name string) *ebpf.MapSpec {
 		spec := m[name].Copy()
 		delete(m, name)
@@ -217,7 +221,7 @@ func (e *Enforcer) size() {
 
 // recover reads from the maps what an earlier process knew.
 func (e *Enforcer) recover() error {
-	names, err := e.rules.load()
+	names, err := e.rules.load(int(e.cfg.MaxSandboxes))
 	if err != nil {
 		return err
 	}

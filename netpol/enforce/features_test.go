@@ -179,11 +179,12 @@ func TestPublishedPorts(t *testing.T) {
 	in(frame{src: dst4, sport: 40000, port: 80}, 0)
 	expect(t, e, "answer", answer.bytes(), "allow")
 	for name, f := range map[string]frame{
-		"other peer":        {dst: netip.MustParseAddr("192.0.2.2"), sport: 80, port: 40000},
-		"other remote port": {dst: dst4, sport: 80, port: 40001},
-		"other local port":  {dst: dst4, sport: 81, port: 40000},
+		"other peer":        {dst: netip.MustParseAddr("192.0.2.2"), sport: 80, port: 40000, flags: 0x10},
+		"other remote port": {dst: dst4, sport: 80, port: 40001, flags: 0x10},
+		"other local port":  {dst: dst4, sport: 81, port: 40000, flags: 0x10},
 		"udp":               {dst: dst4, sport: 80, port: 40000, udp: true},
-		"v6":                {dst: dst6, sport: 80, port: 40000},
+		"v6":                {dst: dst6, sport: 80, port: 40000, flags: 0x10},
+		"of its own":        {dst: dst4, sport: 80, port: 40000, flags: 2},
 	} {
 		expect(t, e, name, f.bytes(), "no_rule")
 	}

@@ -149,6 +149,11 @@ func refDeny(list []netpol.HardDeny, a netip.Addr) (why string) {
 			bits, why = h.Prefix.Bits(), h.Reason
 		}
 	}
+	if b := a.As16(); why == "" && netip.MustParsePrefix("64:ff9b::/96").Contains(a) { // a translator's
+		return refDeny(list, netip.AddrFrom4([4]byte(b[12:])))
+	} else if why == "" && netip.MustParsePrefix("2002::/16").Contains(a) {
+		return refDeny(list, netip.AddrFrom4([4]byte(b[2:6])))
+	}
 	return why
 }
 
@@ -283,8 +288,10 @@ func (d *differ) want(data []byte) (v netpol.Verdict, flow netpol.Flow, hdrs int
 		return netpol.Verdict{Reason: why, Rule: -1}, flow, hdrs
 	}
 	v = d.program.Evaluate(flow, d.names[flow.Dst]...)
-	if v.Rule < 0 && flow.Proto != netpol.ICMP {
-		sport := binary.BigEndian.Uint16(data[14+20+20*btoi(flow.Dst.Is6()):])
+	l4 := data[14+20+20*btoi(flow.Dst.Is6()):]
+	opens := flow.Proto == netpol.TCP && l4[13]&0x12 == 2 // SYN without ACK is no answer
+	if v.Rule < 0 && flow.Proto != netpol.ICMP && !opens {
+		sport := binary.BigEndian.Uint16(l4)
 		for _, p := range d.program.Published {
 			if p.Port == sport && p.Proto == flow.Proto && d.inbound[flowEnds{p.Proto, sport, flow.Port, flow.Dst}] {
 				v = netpol.Verdict{Allowed: true, Reason: netpol.ReasonAllowed, Rule: int(p.Rule)}
@@ -377,7 +384,7 @@ var (
 	someAddrs = []string{
 		"10.0.0.1", "10.0.0.129", "10.0.1.1", "10.1.2.3", "10.1.2.4", "10.9.0.1", "11.0.0.1", "169.254.169.254", "100.96.0.2",
 		"127.0.0.1", "224.0.0.1", "255.255.255.255", "2001:db8::1", "2001:db8:0:1::1", "2001:db9::1", "::ffff:10.0.0.1",
-		"fd00:ec2::254", "fe80::1", "ff02::1", "::1", "fd62:6b68::2",
+		"fd00:ec2::254", "fe80::1", "ff02::1", "::1", "fd62:6b68::2", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1",
 	}
 	somePrefixes = []string{
 		"0.0.0.0/0", "10.0.0.0/8", "10.0.0.0/16", "10.0.0.0/24", "10.0.0.128/25", "10.0.0.1/32", "10.1.2.3/32", "11.0.0.0/8",
@@ -533,6 +540,7 @@ func TestProgramAgainstReference(t *testing.T) {
 			data, gso := randomFrame(r)
 			if i%40 == 20 && d.last.peer.IsValid() {
 				f := frame{dst: d.last.peer, sport: d.last.local, port: d.last.remote, udp: d.last.proto == netpol.UDP}
+				f.flags = pick(r, []byte{0x02, 0x10, 0x12})
 				data, gso = f.bytes(), 0
 			}
 			d.seen[d.check(t, data, gso)]++

@@ -142,20 +142,20 @@ func TestPolicyOnTheWire(t *testing.T) {
 	c, err := w.dial("tcp", up4, 5000)
 	ok(t, err)
 	defer c.Close()
-	ping := func() error {
-		c.SetDeadline(time.Now().Add(300 * time.Millisecond))
+	ping := func(limit time.Duration) error {
+		c.SetDeadline(time.Now().Add(limit))
 		if _, err := c.Write([]byte("ping")); err != nil {
 			return err
 		}
 		_, err := io.ReadFull(c, make([]byte, 4))
 		return err
 	}
-	ok(t, ping())
+	ok(t, ping(5*time.Second))
 	for _, a := range []struct {
 		addr netip.Addr
 		port uint16
 	}{{up4, 5001}, {up6, 5000}, {up6, 5001}} {
-		if c, err := w.dial("tcp", a.addr, a.port); err == nil {
+		if c, err := w.dialWithin(300*time.Millisecond, "tcp", a.addr, a.port); err == nil {
 			c.Close()
 			t.Errorf("connected to %s port %d", a.addr, a.port)
 		}
@@ -167,7 +167,7 @@ func TestPolicyOnTheWire(t *testing.T) {
 	// Revoked: the next packet of the live flow does not pass, nor any other.
 	ok(t, e.SetPolicy(testID, testSlot, netpol.Program{}, 2, nil))
 	was := counters(t, e, testSlot)
-	if err := ping(); err == nil {
+	if err := ping(300 * time.Millisecond); err == nil {
 		t.Error("the flow lives on after its rule has gone")
 	}
 	is := counters(t, e, testSlot)
@@ -292,7 +292,7 @@ func TestReopenAfterCrash(t *testing.T) {
 	defer c.Close()
 	ping := func() {
 		t.Helper()
-		c.SetDeadline(time.Now().Add(time.Second))
+		c.SetDeadline(time.Now().Add(5 * time.Second))
 		_, err := c.Write([]byte("ping"))
 		ok(t, err)
 		_, err = io.ReadFull(c, make([]byte, 4))

@@ -152,7 +152,7 @@ func (e *Enforcer) countersFor(s *slot, n uint32, p netpol.Program) (byID []uint
 			index, ok = added[k]
 		}
 		if !ok {
-			if index, err = e.rules.add(n, k); err != nil {
+			if index, err = e.rules.add(n, k, e.shm.policy(n) == 0); err != nil {
 				return nil, nil, errors.Join(err, e.rules.release(added))
 			}
 			added[k] = index

@@ -24,15 +24,18 @@ type ruleTable struct {
 	spec         *ebpf.MapSpec
 	pages, names *ebpf.Map
 
-	mu   sync.Mutex
-	page []*ebpf.Map // +checklocks:mu; open pages by number
-	free []uint32    // +checklocks:mu; below next, given back
-	next uint32      // +checklocks:mu; the first that was never given out
-	zero []bpf.DatapathBhCount
+	mu    sync.Mutex
+	owner map[uint32]uint32 // +checklocks:mu; slot by counter that has a name
+	share map[uint32]int    // +checklocks:mu; counters by slot
+	short int               // +checklocks:mu; what all slots lack of rulesPerSandbox
+	page  []*ebpf.Map       // +checklocks:mu; open pages by number
+	free  []uint32          // +checklocks:mu; below next, given back
+	next  uint32            // +checklocks:mu; the first that was never given out
+	zero  []bpf.DatapathBhCount
 }
 
 // load reads the names that an earlier process wrote, by slot.
-func (t *ruleTable) load() (map[uint32]map[ruleKey]uint32, error) {
+func (t *ruleTable) load(slots int) (map[uint32]map[ruleKey]uint32, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	cpus, err := ebpf.PossibleCPU()
@@ -52,8 +55,8 @@ func (t *ruleTable) load() (map[uint32]map[ruleKey]uint32, error) {
 		t.page = append(t.page, page)
 	}
 
+	t.owner, t.share, t.short = map[uint32]uint32{}, map[uint32]int{}, slots*rulesPerSandbox
 	bySlot := map[uint32]map[ruleKey]uint32{}
-	used := map[uint32]bool{}
 	var index uint32
 	var name bpf.DatapathBhRuleName
 	it := t.names.Iterate()
@@ -66,22 +69,69 @@ func (t *ruleTable) load() (map[uint32]map[ruleKey]uint32, error) {
 		}
 		tenant, rest := name.Text[:name.TenantLen], name.Text[name.TenantLen:]
 		bySlot[name.Slot][ruleKey{string(tenant), string(rest[:name.NameLen])}] = index
-		used[index] = true
+		t.own(index, name.Slot)
 		t.next = max(t.next, index+1)
 	}
 	if err := it.Err(); err != nil {
 		return nil, fmt.Errorf("read rule names: %w", err)
 	}
 	for i := uint32(0); i < t.next; i++ {
-		if !used[i] {
+		if _, used := t.owner[i]; !used {
 			t.free = append(t.free, i)
 		}
 	}
 	return bySlot, nil
 }
 
-// add gives k a counter, at zero, and writes down whose it is.
-func (t *ruleTable) add(slot uint32, k ruleKey) (uint32, error) {
+// own notes whose a counter is.
+//
+// +checklocks:t.mu
+func (t *ruleTable) own(index, slot uint32) {
+	t.owner[index] = slot
+	if t.share[slot]++; t.share[slot] <= rulesPerSandbox {
+		t.short--
+	}
+}
+
+// disown is the inverse of own.
+//
+// +checklocks:t.mu
+func (t *ruleTable) disown(index uint32) {
+	slot, ok := t.owner[index]
+	if !ok {
+		return
+	}
+	delete(t.owner, index)
+	if t.share[slot]--; t.share[slot] < rulesPerSandbox {
+		t.short++
+	}
+	if t.share[slot] == 0 {
+		delete(t.share, slot)
+	}
+}
+
+// room refuses a slot that has its share already what others may need. A new
+// sandbox leaves some of what nobody has a right to, so that the policies of
+// those that are there can change.
+//
+// +checklocks:t.mu
+func (t *ruleTable) room(slot uint32, isNew bool) error {
+	if t.share[slot] < rulesPerSandbox {
+		return nil
+	}
+	most := int(t.names.MaxEntries())
+	if isNew {
+		most -= most / 8
+	}
+	if len(t.owner)+t.short < most {
+		return nil
+	}
+	return fmt.Errorf("the node has no room for more than %d rules of this sandbox: join rules, or raise sandbox.max", t.share[slot])
+}
+
+// add gives k a counter, at zero, and writes down whose it is. isNew says that
+// the sandbox has no policy yet.
+func (t *ruleTable) add(slot uint32, k ruleKey, isNew bool) (uint32, error) {
 	name := bpf.DatapathBhRuleName{Slot: slot, TenantLen: uint16(len(k.tenant)), NameLen: uint16(len(k.name))}
 	if len(k.tenant)+len(k.name) > len(name.Text) {
 		return 0, fmt.Errorf("rule %s of %s: name is too long", k.name, k.tenant)
@@ -90,7 +140,11 @@ func (t *ruleTable) add(slot uint32, k ruleKey) (uint32, error) {
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	index, err := t.alloc()
+	err := t.room(slot, isNew)
+	index := uint32(0)
+	if err == nil {
+		index, err = t.alloc()
+	}
 	if err != nil {
 		return 0, fmt.Errorf("count rule %s of %s: %w", k.name, k.tenant, err)
 	}
@@ -102,6 +156,7 @@ func (t *ruleTable) add(slot uint32, k ruleKey) (uint32, error) {
 		t.free = append(t.free, index)
 		return 0, fmt.Errorf("count rule %s of %s: %w", k.name, k.tenant, err)
 	}
+	t.own(index, slot)
 	return index, nil
 }
 
@@ -132,6 +187,8 @@ func (t *ruleTable) alloc() (uint32, error) {
 // forget takes the names off counters, which nobody has any more then. They are
 // not given out again before recycle.
 func (t *ruleTable) forget(rules map[ruleKey]uint32) ([]uint32, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	var gone []uint32
 	var errs []error
 	for k, index := range rules {
@@ -139,6 +196,7 @@ func (t *ruleTable) forget(rules map[ruleKey]uint32) ([]uint32, error) {
 			errs = append(errs, fmt.Errorf("forget rule %s of %s: %w", k.name, k.tenant, err))
 			continue
 		}
+		t.disown(index)
 		gone = append(gone, index)
 	}
 	return gone, errors.Join(errs...)

@@ -155,6 +155,12 @@ class H(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("", 8000), H).serve_forever()
 `
 	n.refuse(1, []string{"publish"}, "run", "-d", "--publish", "22:8000", "--tenant", "globex", "--cpus", "100m", "--memory", "32MiB", python, "true")
+	own, err := net.Listen("tcp", ":30999") // a service of the node
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.refuse(1, []string{"30999", "service of the node"}, "run", "-d", "--publish", "30999:8000", "--tenant", "globex", "--cpus", "100m", "--memory", "32MiB", python, "true")
+	own.Close()
 	n.must("run", "-d", "--name", "web", "--tenant", "acme", "--cpus", "500m", "--memory", "64MiB", "--publish", "30080:8000", python, "python3", "-c", serve)
 	n.refuse(1, []string{"30080", "another tenant"}, "run", "-d", "--publish", "30080:8000", "--tenant", "globex", "--cpus", "100m", "--memory", "32MiB", python, "true")
 	box := n.get("web")

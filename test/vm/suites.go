@@ -55,8 +55,8 @@ var network = []step{
 	{pkg: "./test/threats", test: true, args: []string{"-test.short"}, limit: 4 * time.Minute},
 	{
 		pkg: "./netpol/enforce", test: true, limit: 3 * time.Minute,
-		args: []string{"-test.run=^(TestBytesEqualCapture|TestClsact.*|TestFromSandboxVerdicts|TestHardDenies|TestPolicyOnTheWire|" +
-			"TestRawFramesFromTheSandbox|TestReopenAfterCrash|TestToSandbox|TestUpgrade|TestVerifyAndRepair)$"},
+		args: []string{"-test.short", "-test.run=^(TestBytesEqualCapture|TestClsact.*|TestFromSandboxVerdicts|TestHardDenies|TestKilledAtAnyTime|" +
+			"TestPolicyOnTheWire|TestRateOf.*|TestRawFramesFromTheSandbox|TestReopenAfterCrash|TestToSandbox|TestUpgrade|TestVerifyAndRepair)$"},
 	},
 	{pkg: "./netpol/link", test: true, limit: 2 * time.Minute},
 }
