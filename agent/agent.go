@@ -170,7 +170,7 @@ func (n *node) open() (err error) {
 	n.links, err = link.Open(link.Config{
 		Pool4: c.Network.Pool4, Pool6: c.Network.Pool6, NetnsDir: filepath.Join(c.RunDir, "netns"),
 		Table: c.Network.NFTable, LinkPrefix: c.Network.LinkPrefix,
-		MaxConnections: c.Network.MaxConnections,
+		MaxConnections: c.Network.MaxConnections, NewConnectionsPerSecond: c.Network.NewConnections,
 	})
 	if err != nil {
 		return err

@@ -121,6 +121,7 @@ type Config struct {
 
 		PublishPorts   PortRange `toml:"publish_ports"`
 		MaxConnections uint32    `toml:"max_connections"`
+		NewConnections uint32    `toml:"new_connections_per_second"`
 	} `toml:"network"`
 	DNS struct {
 		Upstreams        []string `toml:"upstreams"`
@@ -182,6 +183,7 @@ func Default() Config {
 	c.Network.LinkPrefix = "bh"
 	c.Network.NFTable = "bulkhead"
 	c.Network.MaxConnections = 4096
+	c.Network.NewConnections = 1000
 	c.DNS.Timeout = Duration{2 * time.Second}
 	c.DNS.Idle = Duration{5 * time.Minute}
 	c.DNS.TTLFloor = Duration{30 * time.Second}
@@ -358,6 +360,7 @@ func (c *Config) check() error {
 	}{
 		{"network.mtu", int64(c.Network.MTU), 1280, 65535},
 		{"network.max_connections", int64(c.Network.MaxConnections), 1, 1 << 24},
+		{"network.new_connections_per_second", int64(c.Network.NewConnections), 1, 1_000_000},
 		{"dns.timeout in ms", c.DNS.Timeout.Milliseconds(), 10, time.Minute.Milliseconds()},
 		{"dns.idle in ms", c.DNS.Idle.Milliseconds(), 1000, (24 * time.Hour).Milliseconds()},
 		{"dns.ttl_floor in ms", c.DNS.TTLFloor.Milliseconds(), 0, time.Hour.Milliseconds()},

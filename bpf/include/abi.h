@@ -311,6 +311,9 @@ struct bh_inbound {
 };
 BH_ASSERT_SIZE(struct bh_inbound, 36);
 
+/* Ticks after which who was let in may no longer be answered: more than the two hours after which TCP keeps alive. */
+#define BH_INBOUND_IDLE 8000
+
 /* A flow that a policy in audit mode let pass. */
 struct bh_audit_key {
 	__u32 slot;

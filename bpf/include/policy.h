@@ -137,12 +137,12 @@ static __always_inline int trie_step(void *trie, const struct bh_packet *p, stru
 }
 
 /* What the names, published ports and audit say where no address has decided. */
-static __always_inline void ask_names(const struct bh_slot *s, __u32 slot, const struct bh_packet *p, __u64 tick,
-				      struct bh_verdict *v, struct bh_port_rule *step, int watched)
+static __always_inline void ask_names(const struct bh_slot *s, __u32 slot, const struct bh_packet *p, __u64 now,
+				      const int live, struct bh_verdict *v, struct bh_port_rule *step, int watched)
 {
 	struct bh_port_rule name = {};
 
-	if (learned_step(v->policy, p, tick, &name)) {
+	if (learned_step(v->policy, p, live ? now : 0, &name)) {
 		if (name.step != BH_STEP_AUDIT || !watched)
 			*step = name;
 		watched = 1;
@@ -151,7 +151,7 @@ static __always_inline void ask_names(const struct bh_slot *s, __u32 slot, const
 		follow(v, step, step->step);
 		return;
 	}
-	if (is_answer(s, slot, v->policy, p, &v->rule)) {
+	if (is_answer(s, slot, v->policy, p, now, &v->rule)) {
 		v->reason = BH_ALLOWED;
 		v->limited = 1;
 		return;
@@ -211,7 +211,7 @@ static __always_inline void judge(struct __sk_buff *skb, const struct bh_slot *s
 	v->reason = BH_NO_RULE_MATCHED;
 	found = trie_step(trie, p, &step);
 	if (!found || step.step == BH_STEP_AUDIT) {
-		ask_names(s, slot, p, live ? st->tick : 0, v, &step, found);
+		ask_names(s, slot, p, st->tick, live, v, &step, found);
 		return;
 	}
 	if (c && step.step == BH_STEP_ALLOW)

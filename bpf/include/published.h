@@ -35,14 +35,15 @@ static __always_inline void inbound_key(struct bh_inbound *k, const struct bh_sl
 /*
  * Whether a packet of the sandbox answers a connection to a published port; then
  * under which rule. What opens a connection is no answer: whoever asked may have
- * asked in another's name.
+ * asked in another's name. Nor is what comes long after the last packet from there.
  */
 static __always_inline int is_answer(const struct bh_slot *s, __u32 slot, __u32 policy, const struct bh_packet *p,
-				     __u32 *rule)
+				     __u64 now, __u32 *rule)
 {
 	struct bh_head *h = bpf_map_lookup_elem(&heads, &policy);
 	const struct bh_published *port;
 	struct bh_inbound k;
+	__u64 *seen;
 
 	if (!h || !h->published || p->opens)
 		return 0;
@@ -50,7 +51,8 @@ static __always_inline int is_answer(const struct bh_slot *s, __u32 slot, __u32 
 	if (!port)
 		return 0;
 	inbound_key(&k, s, slot, p->sport, p->port, p);
-	if (!bpf_map_lookup_elem(&inbound, &k))
+	seen = bpf_map_lookup_elem(&inbound, &k);
+	if (!seen || now > *seen + BH_INBOUND_IDLE)
 		return 0;
 	*rule = port->rule;
 	return 1;

@@ -209,12 +209,32 @@ func TestPublishedPorts(t *testing.T) {
 		t.Errorf("rules: got %s, want %s", got, want)
 	}
 
+	// Nobody is answered for ever who has said nothing any more.
+	age(t, e, 8001)
+	expect(t, e, "long after the last packet", answer.bytes(), "no_rule")
+	in(frame{src: dst4, sport: 40000, port: 80}, 0)
+	expect(t, e, "and again", answer.bytes(), "allow")
+
 	// Not published any more, and not for the next sandbox in the slot.
 	ok(t, e.SetPolicy(testID, testSlot, compile(t, allowEcho), 2, nil))
 	expect(t, e, "no longer published", answer.bytes(), "no_rule")
 	ok(t, e.Detach(testID, testSlot))
 	place(t, e, sandbox(testSlot, 1, p))
 	expect(t, e, "another life", answer.bytes(), "no_rule")
+}
+
+// age makes all that came in come from so many seconds ago.
+func age(t *testing.T, e *Enforcer, seconds uint64) {
+	t.Helper()
+	var k bpf.DatapathBhInbound
+	var seen uint64
+	var keys []bpf.DatapathBhInbound
+	for it := e.maps["inbound"].Iterate(); it.Next(&k, &seen); {
+		keys = append(keys, k)
+	}
+	for _, k := range keys {
+		ok(t, e.maps["inbound"].Put(k, e.state.values[0].Tick-seconds))
+	}
 }
 
 // A budget is spent to the byte and never beyond, and a packet that one limit

@@ -12,13 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Capped answers how many packets of a sandbox were dropped because it had
-// Config.MaxConnections connections already, both families together, since
-// the link was made. ErrNotFound if there is no such link.
+// Capped answers how many packets of a sandbox's new connections were dropped
+// because it had Config.MaxConnections already or got more than
+// Config.NewConnectionsPerSecond, both families and both directions together,
+// since the link was made. ErrNotFound if there is no such link.
 //
-// A connection is an entry of conntrack that the sandbox began, in use or
-// half open, UDP included; a TCP connection counts until it is closed. An
-// attempt too many is dropped, not refused: the sandbox may try again.
+// A connection is an entry of conntrack that the sandbox began, or that came
+// in by a port of its, in use or half open, UDP included; a TCP connection
+// counts until it is closed. An attempt too many is dropped, not refused: who
+// made it may try again.
 func (m *Manager) Capped(id string) (packets uint64, err error) {
 	o, ok := m.known(id)
 	if !ok {
@@ -35,9 +37,13 @@ func (m *Manager) Capped(id string) (packets uint64, err error) {
 }
 
 // notes are the sets that packets add a sandbox's addresses to and nothing
-// takes them from. Of the others, the kernel takes an address out of
-// connections with its last connection, and out of resting in time.
+// takes them from. Of those of the bounds, the kernel takes an address out of
+// connections with its last connection, and out of the others in time.
 var notes = [...]string{setCapped, setSeen}
+
+// inherited are the sets whose elements the next holder of an address must
+// not find.
+var inherited = [...]string{setCapped, setSeen, begun.resting, begun.opening, reached.resting, reached.opening}
 
 // noted reports whether conntrack may have entries of a sandbox, or the table
 // a note. If the rules are as they should be and there is no note, it never
@@ -62,13 +68,14 @@ func (m *Manager) noted(o owned) (bool, error) {
 	return false, nil
 }
 
-// deleteNotes deletes the notes of addresses. Their links must be gone, or
+// deleteNotes deletes what the sets hold of addresses, connections left out.
+// Their links must be gone, or
 // packets may add to them meanwhile.
 func (m *Manager) deleteNotes(addrs []netip.Addr) error {
 	m.rules.mu.Lock()
 	defer m.rules.mu.Unlock()
 	err := m.changeElements(func(tx *nftables.Conn, t *nftables.Table) error {
-		for _, name := range notes {
+		for _, name := range inherited {
 			elems := map[string][]nftables.SetElement{}
 			for _, a := range addrs {
 				set := name + sideOf(a).suffix

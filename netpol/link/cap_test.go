@@ -175,7 +175,7 @@ func TestCapCountsHalfOpen(t *testing.T) {
 // TestCapLetsShortOnesThrough: connections that follow each other quickly do
 // not add up to the cap, nor do the packets of one that is not answered.
 func TestCapLetsShortOnesThrough(t *testing.T) {
-	m, f := openCapped(t, 100), newFar(t)
+	m, f := openBounded(t, 100, maxRate), newFar(t)
 	markAll(t)
 	l := launch(t, m, 1)
 	from := openNetns(t, m, l.ID)
@@ -268,7 +268,7 @@ func noElementsLeft(t *testing.T, m *Manager) {
 			return
 		}
 		for _, e := range got {
-			if !strings.HasPrefix(e, setConnections) && !strings.HasPrefix(e, setResting) {
+			if !strings.HasPrefix(e, begun.connections) {
 				t.Fatalf("elements left: %q", got)
 			}
 		}

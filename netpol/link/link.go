@@ -53,17 +53,36 @@
 //
 // # Connection cap
 //
-// A sandbox holds at most Config.MaxConnections entries of conntrack in each
-// family, so that one cannot fill it for all. What is too many is dropped
-// with its first packet and counted for the sandbox, see Capped; connections
-// that exist, and answers, are not looked at. The kernel counts a connection
-// until TCP has closed it: an entry that only waits out TIME_WAIT is no
-// longer counted, though conntrack holds it for some time (two minutes by
-// default), so a sandbox that opens and closes thousands a second holds more
-// than its cap; entries of this kind are the first that conntrack gives up
-// when it gets full. At the cap a sandbox can open nothing for up to 50 ms after a
-// refusal. To count costs the more the more connections a sandbox has: about
-// 0.4 µs each, at most once a tick of the kernel's clock.
+// What one sandbox can hold of conntrack is bounded, so that it cannot fill it
+// for all. In each family, and once more for what others open to its published
+// ports, it gets at most
+//
+//   - Config.MaxConnections connections at a time, and
+//   - Config.NewConnectionsPerSecond new ones, after a burst of MaxConnections.
+//
+// What is too much is dropped with its first packet and counted for the
+// sandbox, see Capped; connections that exist, and answers, are not looked at.
+// The kernel counts a TCP connection until both ends have closed it, though
+// its entry then waits out TIME_WAIT. For sandboxes that is five seconds, not
+// two minutes, and an entry that a reset closed is over at once, so there are
+// at most
+//
+//	2*MaxConnections + 5*NewConnectionsPerSecond
+//
+// entries in a family and direction: 13192 by default. An entry that is over
+// keeps its memory, and its place in nf_conntrack_count, until the kernel
+// comes by, which it does more often the more such entries there are, and at
+// the latest in a minute; a full table gives them up first. To wait for the
+// first answer, conntrack has 15 seconds. All other timeouts of a sandbox's
+// connections are those that the host had when Open or Restore last ran; UDP
+// has the host's.
+//
+// A client that opens more than 1000 connections a second for long needs a
+// higher rate. Restore and Open give everyone a new burst.
+//
+// At the cap a sandbox can open nothing for up to 50 ms after a refusal. To
+// count costs the more the more connections a sandbox has: about 0.4 µs each,
+// at most once a tick of the kernel's clock.
 //
 // Kernels that forget at most 8 closed connections a tick, as some builds of
 // 6.1 do, may cap a sandbox too early that opens and closes thousands a
@@ -124,6 +143,10 @@ const (
 	MarkMask uint32 = 0xffff0000
 )
 
+// MarkInbound is set on what comes from outside to a published port, for the
+// program at the sandbox's end of the way: it lets answers out to there.
+const MarkInbound uint32 = 0x62690000
+
 // The gateways of every sandbox. They exist only in its neighbour table.
 var (
 	Gateway4 = netip.MustParseAddr("169.254.1.1")
@@ -143,6 +166,8 @@ const (
 	// defaultConnections is far more than an agent needs, and a small part of
 	// what conntrack holds.
 	defaultConnections = 4096
+	defaultRate        = 1000
+	maxRate            = 1e6 // the kernel's limit expression counts nanoseconds
 )
 
 // ErrNotFound means that there is no link of that id.
@@ -161,8 +186,13 @@ type Config struct {
 	// characters. No prefix may begin with another manager's prefix.
 	LinkPrefix string
 	// MaxConnections is how many connections a sandbox may hold in each
-	// address family before new ones are dropped; 0 is 4096.
+	// address family, and others with its published ports, before new ones are
+	// dropped; 0 is 4096.
 	MaxConnections uint32
+	// NewConnectionsPerSecond is how fast a sandbox, or others with its
+	// published ports, may open connections in each address family, after a
+	// burst of MaxConnections; 0 is 1000.
+	NewConnectionsPerSecond uint32
 }
 
 // Link is the network of one sandbox.
@@ -237,9 +267,10 @@ func AddrFor(pool netip.Prefix, slot uint32) (netip.Addr, error) {
 // advertisements on interfaces with accept_ra=1; those get accept_ra=2 first,
 // so that a host that takes its default route from them keeps it.
 //
-// Needs root, nftables with NAT in the inet family (Linux 5.2), ct count and
-// fib (modules nft_connlimit and nft_fib_inet), and conntrack over netlink
-// (Linux 5.8).
+// Needs root, nftables with NAT in the inet family (Linux 5.2), ct count, ct
+// timeout, limit and fib (CONFIG_NF_CONNTRACK_TIMEOUT, and modules
+// nft_connlimit, nft_ct, nft_limit and nft_fib_inet), and conntrack over
+// netlink (Linux 5.8).
 func Open(cfg Config) (*Manager, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -341,6 +372,12 @@ func (c Config) withDefaults() (Config, error) {
 	c.Pool4, c.Pool6 = c.Pool4.Masked(), c.Pool6.Masked()
 	if c.MaxConnections == 0 {
 		c.MaxConnections = defaultConnections
+	}
+	if c.NewConnectionsPerSecond == 0 {
+		c.NewConnectionsPerSecond = defaultRate
+	}
+	if c.NewConnectionsPerSecond > maxRate {
+		return c, fmt.Errorf("new connections per second %d: want at most %d", c.NewConnectionsPerSecond, int(maxRate))
 	}
 	return c, nil
 }

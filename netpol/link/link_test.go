@@ -152,6 +152,9 @@ func FuzzNetlink(f *testing.F) {
 		_, _ = parseRule(b)
 		_ = parseComment(b)
 		_, _ = parseElementPackets(b)
+		_, _ = parseObject(b)
+		_, _ = parseCounter(b)
+		_, _ = parseTimeouts(b)
 		_ = mayBeLocal(b)
 		for _, flags := range []uint16{0, 0x100, 0x200, 0x300} {
 			_ = ackError(b, flags)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 )
 
 // ruleset is what this process knows of the table.
@@ -22,6 +23,8 @@ type ruleset struct {
 	// good is the kernel's generation of all rules at which the table was
 	// last found right; 0 is none.
 	good uint32 // +checklocks:mu
+	// timeouts are those that the kernel was given.
+	timeouts tcpTimeouts // +checklocks:mu
 }
 
 // Restore makes the table again what Open made it, published ports included,
@@ -115,6 +118,8 @@ func (f found) difference(want []chain, sets []*nftables.Set, missing bool) stri
 
 func chainDifference(h, want *nftables.Chain) string {
 	switch {
+	case want.Hooknum == nil && h.Hooknum == nil:
+		return ""
 	case h.Type != want.Type, h.Hooknum == nil, h.Priority == nil:
 		return fmt.Sprintf("chain %s is of type %q, want %q", h.Name, h.Type, want.Type)
 	case *h.Hooknum != *want.Hooknum:
@@ -153,12 +158,23 @@ func (m *Manager) installTable() error {
 		have = found{}
 	}
 	tx.AddTable(t) // without flags: a table that was put to sleep wakes
+	for _, h := range have.chains {
+		tx.FlushChain(h) // now, so that no rule holds an object or a chain that changes
+	}
 	if err := m.addCounters(tx, have.table != nil); err != nil {
+		return err
+	}
+	if err := m.addTimeouts(tx, have.table != nil); err != nil {
 		return err
 	}
 	for _, s := range sets {
 		if err := tx.AddSet(s, nil); err != nil {
 			return fmt.Errorf("set %s: %w", s.Name, err)
+		}
+	}
+	for _, s := range sides {
+		for _, b := range bounds {
+			tx.FlushSet(m.namedSet(t, b.opening+s.suffix)) // its elements may have another limit
 		}
 	}
 	if err := m.refillPublished(tx, t); err != nil {
@@ -169,9 +185,6 @@ func (m *Manager) installTable() error {
 	}
 	for _, c := range want {
 		tx.AddChain(c.spec)
-		if slices.ContainsFunc(have.chains, func(h *nftables.Chain) bool { return h.Name == c.spec.Name }) {
-			tx.FlushChain(c.spec)
-		}
 		for _, r := range c.rules {
 			tx.AddRule(&nftables.Rule{Table: t, Chain: c.spec, Exprs: r.exprs, UserData: r.userData()})
 		}
@@ -243,18 +256,15 @@ func (m *Manager) SecondLayerDrops() (packets, bytes uint64, err error) {
 }
 
 func (m *Manager) counters() (map[string]expr.Counter, error) {
-	nftc := &nftables.Conn{} // apart from a transaction that is being built
-	objs, err := nftc.GetNamedObjects(m.table())
+	all := map[string]expr.Counter{}
+	objs, err := m.rules.rd.objects(m.cfg.Table, unix.NFT_OBJECT_COUNTER)
+	for _, o := range objs {
+		if all[o.name], err = parseCounter(o.data); err != nil {
+			break
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read counters of table inet %s: %w", m.cfg.Table, err)
-	}
-	all := map[string]expr.Counter{}
-	for _, o := range objs {
-		if n, ok := o.(*nftables.NamedObj); ok && n.Type == nftables.ObjTypeCounter {
-			if c, ok := n.Obj.(*expr.Counter); ok {
-				all[n.Name] = *c
-			}
-		}
 	}
 	return all, nil
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -103,6 +104,65 @@ func parseComment(b []byte) string {
 		b = b[n:]
 	}
 	return ""
+}
+
+// object is a named object of a table.
+type object struct {
+	name string
+	data []byte
+}
+
+// objects answers the objects of one type of a table. The library reads all
+// of a table's objects, and cannot read timeouts from two goroutines: it
+// keeps them in a variable of its own (v0.3.0).
+func (c *conn) objects(table string, typ uint32) ([]object, error) {
+	for try := 0; ; try++ {
+		var all []object
+		r := nftRequest("list objects of table inet "+table, unix.NFT_MSG_GETOBJ, unix.NLM_F_DUMP,
+			nl.NewRtAttr(unix.NFTA_OBJ_TABLE, nl.ZeroTerminated(table)),
+			nl.NewRtAttr(unix.NFTA_OBJ_TYPE, binary.BigEndian.AppendUint32(nil, typ)))
+		err := c.get(r, func(_ uint16, b []byte) error {
+			o, err := parseObject(b)
+			all = append(all, o)
+			return err
+		})
+		if errors.Is(err, errInterrupted) && try < 20 {
+			continue
+		}
+		return all, err
+	}
+}
+
+func parseObject(b []byte) (o object, err error) {
+	err = eachNftAttr(b, func(typ uint16, value []byte) error {
+		switch typ {
+		case unix.NFTA_OBJ_NAME:
+			o.name = string(bytes.TrimRight(value, "\x00"))
+		case unix.NFTA_OBJ_DATA:
+			o.data = bytes.Clone(value)
+		}
+		return nil
+	})
+	return o, err
+}
+
+func parseCounter(b []byte) (c expr.Counter, err error) {
+	err = eachAttr(b, func(typ uint16, _, value []byte) error {
+		if typ != unix.NFTA_COUNTER_BYTES && typ != unix.NFTA_COUNTER_PACKETS {
+			return nil
+		}
+		if len(value) != 8 {
+			return errShort
+		}
+		v := binary.BigEndian.Uint64(value)
+		if typ == unix.NFTA_COUNTER_BYTES {
+			c.Bytes = v
+		} else {
+			c.Packets = v
+		}
+		return nil
+	})
+	return c, err
 }
 
 // setElement is what the kernel says of one element of a set.

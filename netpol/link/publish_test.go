@@ -209,10 +209,10 @@ func TestNextHolderInheritsNoInboundFlow(t *testing.T) {
 		t.Cleanup(func() { _ = c.Close() })
 		return c
 	}
-	c, err := dialFrom(f.ns, "udp", net.JoinHostPort(f.host4.String(), strconv.Itoa(5000)), time.Second)
-	must(t, err)
-	defer c.Close()
 	for host, want := range map[uint16]bool{5000: true, 5001: false} {
+		c, err := dialFrom(f.ns, "udp", net.JoinHostPort(f.host4.String(), strconv.Itoa(5000)), time.Second)
+		must(t, err)
+		t.Cleanup(func() { _ = c.Close() })
 		l := launch(t, m, 1)
 		in := listen(l)
 		must(t, m.Publish(l.ID, []Port{{Host: 5000, Sandbox: port, Proto: udp}}))

@@ -5,6 +5,7 @@ package link
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -20,7 +21,7 @@ const (
 	countToHost      = "to_host"     // from a sandbox link to the host itself
 	countToSandbox   = "to_sandbox"  // from a sandbox link to another
 	countInvalid     = "invalid"     // from a sandbox link, fits no flow: NAT would let it out bare
-	countCapped      = "capped"      // a new connection of a sandbox that has too many
+	countCapped      = "capped"      // a new connection of a sandbox that has too many, or opens them too fast
 	countUnsolicited = "unsolicited" // to a sandbox link, answers nothing
 )
 
@@ -71,15 +72,33 @@ func sideOf(a netip.Addr) side {
 	return sides[1]
 }
 
-// Names of the sets, less the side's suffix.
+// Names of the sets, less the side's suffix. Those of the limits are in
+// bounds.
 const (
-	setConnections = "connections" // address -> its connections; the kernel drops those without any
-	setResting     = "resting"     // addresses that are at the cap just now
-	setCapped      = "capped"      // address -> counter of what the cap dropped
-	setSeen        = "seen"        // addresses that conntrack may have entries of
-	setPublished   = "published"   // protocol and host port -> address and port
-	setOpen        = "open"        // address, protocol and port that are published
+	setCapped    = "capped"    // address -> counter of what the limits dropped
+	setSeen      = "seen"      // addresses that conntrack may have entries of
+	setPublished = "published" // protocol and host port -> address and port
+	setOpen      = "open"      // address, protocol and port that are published
 )
+
+// bound is one direction in which connections of a sandbox are limited: a
+// chain that their first packets go through, and its sets.
+type bound struct {
+	chain       string
+	connections string // address -> its connections; the kernel drops those without any
+	resting     string // addresses that are at the cap just now
+	opening     string // address -> limit on how fast it gets connections
+	inbound     bool   // the sandbox's address is the destination
+}
+
+var (
+	begun   = bound{"begun", "connections", "resting", "opening", false}
+	reached = bound{"reached", "connections_in", "resting_in", "opening_in", true}
+	bounds  = [...]bound{reached, begun}
+)
+
+// chainInbound holds what is done with packets of who connects from outside.
+const chainInbound = "inbound"
 
 // sets answers the named sets and maps of the table.
 func (m *Manager) sets(t *nftables.Table) []*nftables.Set {
@@ -87,14 +106,19 @@ func (m *Manager) sets(t *nftables.Table) []*nftables.Set {
 	var all []*nftables.Set
 	for _, s := range sides {
 		all = append(all,
-			&nftables.Set{Name: setConnections + s.suffix, KeyType: s.typ, Dynamic: true},
-			&nftables.Set{Name: setResting + s.suffix, KeyType: s.typ, Dynamic: true, HasTimeout: true},
 			&nftables.Set{Name: setCapped + s.suffix, KeyType: s.typ, Dynamic: true},
 			&nftables.Set{Name: setSeen + s.suffix, KeyType: s.typ, Dynamic: true},
 			&nftables.Set{Name: setPublished + s.suffix, IsMap: true, KeyType: nftables.MustConcatSetType(proto, port),
 				DataType: nftables.MustConcatSetType(s.typ, port)},
 			&nftables.Set{Name: setOpen + s.suffix, KeyType: nftables.MustConcatSetType(s.typ, proto, port)},
 		)
+		for _, b := range bounds {
+			all = append(all,
+				&nftables.Set{Name: b.connections + s.suffix, KeyType: s.typ, Dynamic: true},
+				&nftables.Set{Name: b.resting + s.suffix, KeyType: s.typ, Dynamic: true, HasTimeout: true},
+				&nftables.Set{Name: b.opening + s.suffix, KeyType: s.typ, Dynamic: true, HasTimeout: true},
+			)
+		}
 	}
 	for i, s := range all {
 		s.Table, s.ID = t, uint32(i+1)
@@ -105,7 +129,7 @@ func (m *Manager) sets(t *nftables.Table) []*nftables.Set {
 	return all
 }
 
-// chain is a base chain and its rules, in order.
+// chain is a chain and its rules, in order.
 type chain struct {
 	spec  *nftables.Chain
 	rules []tableRule
@@ -123,6 +147,20 @@ func (m *Manager) table() *nftables.Table {
 
 // chains answers the whole table, here for IPv4:
 //
+//	chain reached     { # the first packet of a connection to a published port
+//	  ip daddr @resting_in4 add @capped4 { ip daddr counter } counter name capped drop
+//	  update @opening_in4 { ip daddr timeout .. limit rate over NewConnectionsPerSecond/second burst MaxConnections }
+//	    add @capped4 { ip daddr counter } counter name capped drop
+//	  add @connections_in4 { ip daddr ct count over MaxConnections } add @resting_in4 { ip daddr }
+//	    add @capped4 { ip daddr counter } counter name capped drop
+//	  cannot add @seen4 { ip daddr } counter name capped drop
+//	  ct timeout set "tcp" }
+//	chain begun       { # the first packet of a connection that a sandbox begins
+//	  the same with ip saddr, @resting4, @opening4 and @connections4 }
+//	chain inbound     { # who connects from outside
+//	  ct status & confirmed == 0 ip daddr . meta l4proto . th dport @open4 jump reached
+//	  ip daddr . meta l4proto . th dport @open4 meta mark set 0x62690000 accept
+//	  ct state != related counter name unsolicited drop }
 //	chain prerouting  { type filter hook prerouting priority raw
 //	  iifname "bh*" meta mark & 0xffff0000 != 0x62680000 counter name unmarked drop }
 //	chain publish     { type nat hook prerouting priority dstnat
@@ -132,66 +170,76 @@ func (m *Manager) table() *nftables.Table {
 //	chain forward     { type filter hook forward priority filter
 //	  iifname "bh*" oifname "bh*" counter name to_sandbox drop
 //	  iifname "bh*" ct state invalid counter name invalid drop
-//	  iifname "bh*" ct state new ct status & confirmed == 0 ip saddr @resting4
-//	    add @capped4 { ip saddr counter } counter name capped drop
-//	  iifname "bh*" ct state new ct status & confirmed == 0
-//	    add @connections4 { ip saddr ct count over MaxConnections } add @resting4 { ip saddr }
-//	    add @capped4 { ip saddr counter } counter name capped drop
-//	  iifname "bh*" ct state new ct status & confirmed == 0
-//	    cannot add @seen4 { ip saddr } counter name capped drop
-//	  oifname "bh*" ct direction original ct status dnat
-//	    ip daddr . meta l4proto . th dport @open4 add @seen4 { ip daddr } accept
-//	  oifname "bh*" ct direction original ct status dnat ct state != related
-//	    counter name unsolicited drop
+//	  iifname "bh*" ct status & confirmed == 0 jump begun
+//	  oifname "bh*" ct direction original ct status dnat jump inbound
 //	  oifname "bh*" ct state established,related accept
 //	  oifname "bh*" counter name unsolicited drop }
 //	chain postrouting { type nat hook postrouting priority srcnat
 //	  ip saddr <pool4> oifname != "bh*" masquerade }
 //
 // A connection is counted with its first packet and never again: the kernel
-// does not know one that it has counted already.
+// does not know one that it has counted already. What is dropped before
+// postrouting is over is not confirmed, and takes no place in conntrack.
 func (m *Manager) chains(t *nftables.Table) []chain {
 	accept := nftables.ChainPolicyAccept
 	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority, rules ...tableRule) chain {
 		spec := &nftables.Chain{Name: name, Table: t, Type: typ, Hooknum: hook, Priority: prio, Policy: &accept}
 		return chain{spec, rules}
 	}
+	regular := func(name string, rules ...tableRule) chain {
+		return chain{&nftables.Chain{Name: name, Table: t}, rules}
+	}
 	from, to := m.fromSandbox(), m.toSandbox()
-	inbound := [][]expr.Any{to, ctDirection(ctOriginal), ctStatus(ctDNATed, true)}
 
-	publish, forward, postrouting := []tableRule{}, []tableRule{
-		rule("sandboxes stay apart", from, to, drop(countToSandbox)),
-		rule("no packet without a flow", from, ctState(expr.CtStateBitINVALID), drop(countInvalid)),
-	}, []tableRule{}
+	var publish, enter, open, postrouting []tableRule
 	for _, s := range sides {
 		publish = append(publish, rule("published ports", m.notFromSandbox(), toLocal(), s.match(), s.redirect()))
-		first := [][]expr.Any{from, s.match(), ctState(expr.CtStateBitNEW), ctStatus(ctConfirmed, false), s.source()}
-		forward = append(forward,
-			rule("at the cap a moment ago", append(first, s.inSet(setResting), s.countCapped())...),
-			rule("cap on connections", append(first, s.overCap(m.cfg.MaxConnections), s.rest(), s.countCapped())...),
-			rule("nothing goes unseen", append(first, s.unseen(), drop(countCapped))...))
+		enter = append(enter, rule("limits", ctStatus(ctConfirmed, false), s.match(), s.isOpen(), jump(reached.chain)))
+		open = append(open, rule("published ports", s.match(), s.isOpen(), setMark(MarkInbound), verdict(expr.VerdictAccept)))
 	}
-	for _, s := range sides {
-		forward = append(forward, rule("published ports", append(inbound, s.match(), s.isOpen(), s.seen(), verdict(expr.VerdictAccept))...))
-	}
-	forward = append(forward,
-		rule("no longer published", append(inbound, notRelated(), drop(countUnsolicited))...),
-		rule("answers", to, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept)),
-		rule("nothing else comes in", to, drop(countUnsolicited)))
+	inbound := append(append(enter, open...), rule("no longer published", notRelated(), drop(countUnsolicited)))
 	for _, pool := range []netip.Prefix{m.cfg.Pool4, m.cfg.Pool6} {
 		postrouting = append(postrouting, rule("NAT", sourceIn(pool), m.notToSandbox(), []expr.Any{&expr.Masq{}}))
 	}
 
+	var all []chain // those that are jumped to first
+	for _, b := range bounds {
+		all = append(all, regular(b.chain, m.limits(b)...))
+	}
 	const filter, nat = nftables.ChainTypeFilter, nftables.ChainTypeNAT
-	return []chain{
+	return append(all,
+		regular(chainInbound, inbound...),
 		base("prerouting", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw,
 			rule("passed by no egress program", from, unmarked(), drop(countUnmarked))),
 		base("publish", nat, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, publish...),
 		base("input", filter, nftables.ChainHookInput, nftables.ChainPriorityFilter,
 			rule("the host is out of reach", from, drop(countToHost))),
-		base("forward", filter, nftables.ChainHookForward, nftables.ChainPriorityFilter, forward...),
+		base("forward", filter, nftables.ChainHookForward, nftables.ChainPriorityFilter,
+			rule("sandboxes stay apart", from, to, drop(countToSandbox)),
+			rule("no packet without a flow", from, ctState(expr.CtStateBitINVALID), drop(countInvalid)),
+			rule("limits", from, ctStatus(ctConfirmed, false), jump(begun.chain)),
+			rule("who connects from outside", to, ctDirection(ctOriginal), ctStatus(ctDNATed, true), jump(chainInbound)),
+			rule("answers", to, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept)),
+			rule("nothing else comes in", to, drop(countUnsolicited))),
 		base("postrouting", nat, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, postrouting...),
+	)
+}
+
+// limits answers the rules for the first packet of a connection. The rate
+// comes before the cap, which costs more to look at.
+func (m *Manager) limits(b bound) []tableRule {
+	var all []tableRule
+	for _, s := range sides {
+		first := [][]expr.Any{s.match(), s.address(b)}
+		limit := func(comment string, parts ...[]expr.Any) {
+			all = append(all, rule(comment, append(slices.Clone(first), parts...)...))
+		}
+		limit("at the cap a moment ago", s.inSet(b.resting), s.countCapped())
+		limit("rate of new connections", s.tooFast(b, m.cfg), s.countCapped())
+		limit("cap on connections", s.overCap(b, m.cfg), s.rest(b), s.countCapped())
+		limit("nothing goes unseen", s.unseen(), drop(countCapped))
 	}
+	return append(all, rule("closed ones go soon", setTimeouts()))
 }
 
 func rule(comment string, parts ...[]expr.Any) tableRule {
@@ -221,6 +269,14 @@ func (m *Manager) toSandbox() []expr.Any      { return m.ifname(expr.MetaKeyOIFN
 func (m *Manager) notToSandbox() []expr.Any   { return m.ifname(expr.MetaKeyOIFNAME, expr.CmpOpNeq) }
 
 func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+
+// setMark marks a packet. It uses register 1.
+func setMark(mark uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: native32(mark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+	}
+}
 
 func unmarked() []expr.Any {
 	return []expr.Any{
@@ -276,8 +332,15 @@ func (s side) load(offset, register uint32) expr.Any {
 	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: s.size}
 }
 
-// source puts the source into register 1, for the sets keyed by address.
-func (s side) source() []expr.Any { return []expr.Any{s.load(s.saddr, 1)} }
+// address puts the sandbox's address into register 1, for the sets keyed by
+// address.
+func (s side) address(b bound) []expr.Any {
+	offset := s.saddr
+	if b.inbound {
+		offset = s.daddr
+	}
+	return []expr.Any{s.load(offset, 1)}
+}
 
 // protoAndPort puts the protocol and the destination port into two registers.
 func protoAndPort(register uint32) []expr.Any {
@@ -297,20 +360,31 @@ func (s side) update(name string, timeout time.Duration, e ...expr.Any) expr.Any
 	return &expr.Dynset{SrcRegKey: 1, SetName: name + s.suffix, Operation: unix.NFT_DYNSET_OP_ADD, Timeout: timeout, Exprs: e}
 }
 
-func (s side) overCap(limit uint32) []expr.Any {
-	return []expr.Any{s.update(setConnections, 0, &expr.Connlimit{Count: limit, Flags: expr.NFT_CONNLIMIT_F_INV})}
+func (s side) overCap(b bound, cfg Config) []expr.Any {
+	return []expr.Any{s.update(b.connections, 0, &expr.Connlimit{Count: cfg.MaxConnections, Flags: expr.NFT_CONNLIMIT_F_INV})}
 }
 
-func (s side) rest() []expr.Any { return []expr.Any{s.update(setResting, capRest)} }
+// tooFast matches what exceeds the rate. An element goes when its bucket has
+// long been full, so that a new one gives nothing away.
+func (s side) tooFast(b bound, cfg Config) []expr.Any {
+	refill := time.Duration(cfg.MaxConnections/cfg.NewConnectionsPerSecond+2) * time.Second
+	return []expr.Any{&expr.Dynset{
+		SrcRegKey: 1, SetName: b.opening + s.suffix, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: refill,
+		Exprs: []expr.Any{&expr.Limit{
+			Type: expr.LimitTypePkts, Rate: uint64(cfg.NewConnectionsPerSecond), Unit: expr.LimitTimeSecond,
+			Burst: cfg.MaxConnections, Over: true,
+		}},
+	}}
+}
+
+func (s side) rest(b bound) []expr.Any { return []expr.Any{s.update(b.resting, capRest)} }
 
 func (s side) countCapped() []expr.Any {
 	return append([]expr.Any{s.update(setCapped, 0, &expr.Counter{})}, drop(countCapped)...)
 }
 
-// seen notes that conntrack gets an entry of the address in register 1, and
-// matches if that could be noted; unseen matches if it could not.
-func (s side) seen() []expr.Any { return []expr.Any{s.update(setSeen, 0)} }
-
+// unseen notes that conntrack gets an entry of the address in register 1, and
+// matches if that could not be noted.
 func (s side) unseen() []expr.Any {
 	return []expr.Any{&expr.Dynset{SrcRegKey: 1, SetName: setSeen + s.suffix, Operation: unix.NFT_DYNSET_OP_ADD, Invert: true}}
 }
@@ -349,3 +423,7 @@ func drop(counter string) []expr.Any {
 }
 
 func verdict(k expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: k}} }
+
+func jump(chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
+}

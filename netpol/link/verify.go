@@ -84,6 +84,9 @@ func (m *Manager) verifyTable() error {
 	if d := ruleDifference(m.rules.made, rules); d != "" {
 		return drift(repairTable, "table inet %s: %s", t.Name, d)
 	}
+	if err := m.verifyTimeouts(); err != nil {
+		return err
+	}
 	return m.verifyPublished()
 }
 

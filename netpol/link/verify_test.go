@@ -63,6 +63,23 @@ func TestVerifyTable(t *testing.T) {
 			key := append(l.Addr4.AsSlice(), tcp, 0, 0, 0, 0, 81, 0, 0)
 			must(t, c.SetAddElements(m.namedSet(table, "open4"), []nftables.SetElement{{Key: key}}))
 		},
+		"rule 2 of chain begun (rate of new connections) differs": func(c *nftables.Conn) {
+			must(t, c.DelRule(rules(c, "begun")[1]))
+		},
+		"rule 3 of chain reached (cap on connections) differs": func(c *nftables.Conn) {
+			must(t, c.DelRule(rules(c, "reached")[2]))
+		},
+		"rule 9 of chain begun (closed ones go soon) is missing": func(c *nftables.Conn) {
+			all := rules(c, "begun")
+			must(t, c.DelRule(all[len(all)-1]))
+		},
+		"ct timeout tcp is 120 s for kind 7, want 5 s": func(c *nftables.Conn) { replaceTimeouts(c, m) },
+		"chain inbound is of type": func(c *nftables.Conn) {
+			c.DelTable(table)
+			c.AddTable(table)
+			c.AddChain(&nftables.Chain{Name: "inbound", Table: table, Type: nftables.ChainTypeFilter,
+				Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter})
+		},
 		"set published6 holds 0 published ports": func(c *nftables.Conn) { c.FlushSet(m.namedSet(table, "published6")) },
 	} {
 		t.Run(want, func(t *testing.T) {
@@ -83,6 +100,25 @@ func TestVerifyTable(t *testing.T) {
 				t.Errorf("after Restore: Published = %v, %v", p, err)
 			}
 		})
+	}
+}
+
+// replaceTimeouts puts other timeouts behind the same rules.
+func replaceTimeouts(c *nftables.Conn, m *Manager) {
+	t := m.table()
+	for _, b := range bounds {
+		c.FlushChain(&nftables.Chain{Name: b.chain, Table: t})
+	}
+	obj := &nftables.NamedObj{Table: t, Name: objectTimeouts, Type: nftables.ObjTypeCtTimeout}
+	c.DeleteObject(obj)
+	obj.Obj = &expr.CtTimeout{L3Proto: unix.NFPROTO_INET, L4Proto: tcp, Policy: expr.CtStatePolicyTimeout{
+		kindSynSent - 1: 15, kindTimeWait - 1: 120, kindClose - 1: 0, kindSynSent2 - 1: 15, 2: 432000,
+	}}
+	c.AddObj(obj)
+	for _, b := range bounds {
+		for _, r := range m.limits(b) {
+			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Name: b.chain, Table: t}, Exprs: r.exprs, UserData: r.userData()})
+		}
 	}
 }
 
