@@ -178,7 +178,7 @@ func (s *Server) Exec(stream grpc.BidiStreamingServer[nodev1.ExecRequest, nodev1
 	if len(start.GetCommand()) == 0 {
 		return status.Error(codes.InvalidArgument, "name a command")
 	}
-	task, err := s.cfg.Sandboxes.Task(rec.ID)
+	task, err := s.cfg.Sandboxes.Task(ctx, rec.ID)
 	if err != nil {
 		return failure(err)
 	}
@@ -234,7 +234,7 @@ func (s *Server) Attach(stream grpc.BidiStreamingServer[nodev1.ExecRequest, node
 		return failure(err)
 	}
 	defer release()
-	task, err := s.cfg.Sandboxes.Task(rec.ID)
+	task, err := s.cfg.Sandboxes.Task(ctx, rec.ID)
 	if err != nil {
 		return failure(err)
 	}

@@ -3,6 +3,7 @@
 package supervisor_test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/netpol"
+	"github.com/bulkheadhq/bulkhead/runtime"
 )
 
 // Flows of the two rules of testdata/acme-v1; acme-v2 has no bulk any more.
@@ -329,11 +331,18 @@ func TestAdoptionAsksUntilItIsSure(t *testing.T) {
 					return nil
 				})
 				w.start(nil)
-				time.Sleep(8 * time.Second)
+				// Whoever wants to go in waits for it, not for ever.
+				began := time.Now()
+				if _, err := w.sup.Task(t.Context(), a.ID); !errors.Is(err, runtime.ErrNotRunning) || time.Since(began) < 8*time.Second {
+					t.Errorf("after %s: %v", time.Since(began), err)
+				}
 				if !w.m.LinkUp(a.ID) || strings.Contains(kinds(w.record(a.ID)), "drift") {
 					t.Errorf("link up %t, events %s", w.m.LinkUp(a.ID), kinds(w.record(a.ID)))
 				}
 				away.Store(false)
+				if task, err := w.sup.Task(t.Context(), a.ID); err != nil || task == nil {
+					t.Errorf("adopted, but: %v", err)
+				}
 				if rec := w.wait(a.ID); rec.Exit.Code != 3 {
 					t.Errorf("got %+v, want code 3", *rec.Exit)
 				}

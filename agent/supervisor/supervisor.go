@@ -379,12 +379,35 @@ func (s *Supervisor) forgetOldest(path tenant.Path) {
 	}
 }
 
-// Task answers the running task of a sandbox, for exec and attach.
-func (s *Supervisor) Task(id string) (runtime.Task, error) {
+// adoptionWait is how long a caller waits for a sandbox that a restarted agent
+// is about to take over.
+const adoptionWait = 10 * time.Second
+
+// Task answers the running task of a sandbox, for exec and attach. If the agent
+// has just been restarted it waits until the sandbox is its own again.
+func (s *Supervisor) Task(ctx context.Context, id string) (runtime.Task, error) {
 	b, err := s.box(id)
 	if err != nil {
 		return nil, err
 	}
+	b.mu.Lock()
+	adopting := b.task == nil && b.rec.State == sandbox.Running
+	b.mu.Unlock()
+	if adopting {
+		timer := time.NewTimer(adoptionWait)
+		defer timer.Stop()
+		select {
+		case <-b.launched:
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return b.running()
+}
+
+// running answers the task, if there is one that runs.
+func (b *box) running() (runtime.Task, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.task == nil || b.rec.State != sandbox.Running {
@@ -395,7 +418,11 @@ func (s *Supervisor) Task(id string) (runtime.Task, error) {
 
 // PID answers the host's pid of a sandbox's command, 0 if there is none.
 func (s *Supervisor) PID(id string) uint32 {
-	t, err := s.Task(id)
+	b, err := s.box(id)
+	if err != nil {
+		return 0
+	}
+	t, err := b.running()
 	if err != nil {
 		return 0
 	}
