@@ -312,6 +312,7 @@ func (e *Enforcer) Detach(id string, slot uint32) error {
 		if err := e.removeLinks(id); err != nil {
 			return fmt.Errorf("detach %s: %w", id, err)
 		}
+		e.disownFree(slot)
 		return nil
 	}
 	s := &e.slots[n]
@@ -321,6 +322,20 @@ func (e *Enforcer) Detach(id string, slot uint32) error {
 		return fmt.Errorf("detach %s: %w", id, err)
 	}
 	return nil
+}
+
+// disownFree takes the budgets of a slot that nobody has: they were set for a
+// sandbox that was never attached.
+func (e *Enforcer) disownFree(n uint32) {
+	if n == 0 || n > e.cfg.MaxSandboxes {
+		return
+	}
+	s := &e.slots[n]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.id == "" {
+		e.disownLimits(n)
+	}
 }
 
 // detach empties the slot. The id goes last: until then a crash makes the next

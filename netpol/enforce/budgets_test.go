@@ -238,6 +238,11 @@ func TestBudgetsOfSandboxesThatAreGone(t *testing.T) {
 		w.detach(t, n+1)
 	}
 	w.onlyTenants(t)
+
+	// One that was set for a launch that failed before Attach goes, too.
+	w.set(t, Budget{Slot: 1, Window: 100, Limit: 1 << 20})
+	ok(t, w.e.Detach("neverattach", 1))
+	w.onlyTenants(t)
 	for n := range uint32(2) {
 		w.set(t, Budget{Slot: n + 1, Window: 100, Limit: 10000})
 	}

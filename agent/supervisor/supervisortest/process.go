@@ -150,24 +150,29 @@ func (e egress) Traffic(slot uint32) (supervisor.Traffic, error) {
 	return supervisor.Traffic{EgressBytes: have.egress, IngressBytes: have.ingress}, nil
 }
 
-func (e egress) Detach(id string, _ uint32) error {
+func (e egress) Detach(id string, slot uint32) error {
 	if err := e.p.enter("egress.Detach", id); err != nil {
 		return err
 	}
 	m := e.p.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if have := m.programs[id]; have != nil {
+	have := m.programs[id]
+	if have == nil && m.slots[slot] != "" {
+		return nil // it is another's
+	}
+	if have != nil {
 		if l := m.links[id]; l != nil && l.up {
 			m.violate("program of %s is taken off while its link is up", id)
 		}
-		for key := range m.budgets {
-			if key.slot == have.slot {
-				delete(m.budgets, key)
-			}
-		}
-		delete(m.slots, have.slot)
+		slot = have.slot
+		delete(m.slots, slot)
 		delete(m.programs, id)
+	}
+	for key := range m.budgets {
+		if slot != 0 && key.slot == slot {
+			delete(m.budgets, key)
+		}
 	}
 	return nil
 }
