@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkheadhq/bulkhead/runtime"
 	"github.com/bulkheadhq/bulkhead/runtime/logs"
@@ -26,10 +28,17 @@ func runOut(t testing.TB, r *Runtime, s runtime.Spec) (exit runtime.Exit, stdout
 	if err != nil {
 		t.Fatal(err)
 	}
+	return finish(t, r, task, s)
+}
+
+// finish starts a task and does the rest of runOut.
+func finish(t testing.TB, r *Runtime, task runtime.Task, s runtime.Spec) (exit runtime.Exit, stdout, stderr string) {
+	t.Helper()
 	if err := task.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if exit, err = task.Wait(t.Context()); err != nil {
+	exit, err := task.Wait(t.Context())
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := r.Remove(t.Context(), s.ID); err != nil {
@@ -155,6 +164,73 @@ try cat /sys/devices/virtual/dmi/id/product_serial
 echo done`)
 	if out != "done\n" {
 		t.Errorf("got:\n%s", out)
+	}
+}
+
+// families are those of the sockets that a sandbox may have.
+var families = []int{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK, unix.AF_PACKET}
+
+// TestInsideSockets: no socket but of families that tc sees, or that stay
+// inside. For a family that it has not, the kernel says EAFNOSUPPORT; EPERM is
+// the filter's word.
+func TestInsideSockets(t *testing.T) {
+	r := start(t)
+	const no, yes = "1", "0"
+	var calls []string
+	want := map[string]string{
+		"socket 2 1 6": yes, "socket 2 2 17": yes, "socket 10 1 0": yes, "socket 10 2 0": yes, "socket 1 1 0": yes, "socket 16 3 0": yes,
+		"socket 2 1 256": no, "socket 10 1 256": no, // IPPROTO_SMC
+		"socket 2 3 1": no, "socket 17 3 768": no, // raw and packet: the capability is what lacks
+		"socketpair 1 1 0": yes,
+		// More bits than an int has.
+		"socket 4294967312 3 0": no, "socket 4294967317 5 0": no, "socket 2 1 4294967552": no, "socketpair 4294967326 1 0": no,
+	}
+	// All that there are, and some that may come: RDS is 21, IB 27, TIPC 30, ALG
+	// 38, VSOCK 40, SMC 43, XDP 44.
+	for family := range 64 {
+		if !slices.Contains(families, family) {
+			for kind := unix.SOCK_STREAM; kind <= unix.SOCK_SEQPACKET; kind++ {
+				want[fmt.Sprintf("socket %d %d 0", family, kind)] = no
+			}
+		}
+		if family != unix.AF_UNIX {
+			want[fmt.Sprintf("socketpair %d 1 0", family)] = no
+		}
+	}
+	for call := range want {
+		calls = append(calls, call)
+	}
+	// Its own program: no image has one that asks for all of these.
+	program := filepath.Join(t.TempDir(), "sockets")
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", program, "./testdata/sockets")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	body, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSpec(t, r, append([]string{"env", "/tmp/sockets"}, calls...)...)
+	task, err := r.Create(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/root/tmp/sockets", task.PID()), body, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	exit, out, errs := finish(t, r, task, s)
+	if exit.Code != 0 {
+		t.Errorf("exit %d: %s", exit.Code, errs)
+	}
+	got := map[string]string{}
+	for line := range strings.Lines(out) {
+		line = strings.TrimSpace(line)
+		at := max(strings.LastIndexByte(line, ' '), 0)
+		got[line[:at]] = strings.TrimSpace(line[at:])
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("errno of each (-want +got):\n%s", diff)
 	}
 }
 

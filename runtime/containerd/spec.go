@@ -8,7 +8,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -193,6 +192,7 @@ func (b bundle) build(ctx context.Context, namespace string) (*specs.Spec, error
 		withResources(resources),
 		seccomp.WithDefaultProfile(), // looks at the capabilities: keep after them
 		withNativeCalls,
+		withSocketFamilies,
 	}
 	spec, err := oci.GenerateSpec(namespaces.WithNamespace(ctx, namespace), nil, &containers.Container{ID: s.ID}, opts...)
 	if err != nil {
@@ -200,24 +200,6 @@ func (b bundle) build(ctx context.Context, namespace string) (*specs.Spec, error
 	}
 	return spec, nil
 }
-
-// withNativeCalls leaves only the kernel's own system call table in the seccomp
-// profile. The default one repeats every rule for the 32-bit tables, which are
-// attack surface that no image for this platform needs; a call through them now
-// kills the caller. It also costs: runc compiles the filter for every start, 50
-// of 150 ms with three tables, 4 with one.
-func withNativeCalls(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
-	if p := s.Linux.Seccomp; p != nil {
-		p.Architectures = slices.DeleteFunc(p.Architectures, func(a specs.Arch) bool { return a != nativeArch })
-	}
-	return nil
-}
-
-// nativeArch is this platform's table. Without any in the profile, as on
-// platforms not named here, the runtime takes its own.
-var nativeArch = map[string]specs.Arch{
-	"amd64": specs.ArchX86_64, "arm64": specs.ArchAARCH64, "riscv64": specs.ArchRISCV64, "loong64": specs.ArchLOONGARCH64, "s390x": specs.ArchS390X,
-}[goruntime.GOARCH]
 
 // args: the spec's command replaces the image's entrypoint and command.
 func (b bundle) args() []string {

@@ -102,7 +102,7 @@ func TestSeccomp(t *testing.T) {
 			"mount", "umount2", "pivot_root", "move_mount", "fsopen", "open_tree", "unshare", "setns", "bpf",
 			"perf_event_open", "add_key", "keyctl", "request_key", "init_module", "finit_module", "delete_module",
 			"kexec_load", "open_by_handle_at", "io_uring_setup", "userfaultfd", "reboot", "swapon", "quotactl",
-			"syslog", "iopl", "ioperm", "acct", "settimeofday", "chroot",
+			"syslog", "iopl", "ioperm", "acct", "settimeofday", "chroot", "socketcall",
 		} {
 			for _, rule := range f.Syscalls {
 				if slices.Contains(rule.Names, call) && rule.Action == specs.ActAllow {
@@ -110,7 +110,21 @@ func TestSeccomp(t *testing.T) {
 				}
 			}
 		}
+		for _, rule := range f.Syscalls {
+			for _, call := range []string{"socket", "socketpair"} {
+				if slices.Contains(rule.Names, call) && !narrow(rule) {
+					t.Errorf("uid %d: %s is allowed: %+v", uid, call, rule)
+				}
+			}
+		}
 	}
+}
+
+// narrow tells whether a rule is for one call and one of the families that a
+// sandbox may have.
+func narrow(rule specs.LinuxSyscall) bool {
+	return len(rule.Names) == 1 && len(rule.Args) > 0 && rule.Args[0].Index == 0 && rule.Args[0].Op == specs.OpEqualTo &&
+		slices.Contains(families, int(rule.Args[0].Value))
 }
 
 func TestEnv(t *testing.T) {

@@ -88,7 +88,7 @@ var rows = []row{
 	{"L4 rule hides L7", notOffered, "there are no rules above L4 to hide; a broad allow hides no deny", []string{"TestBroadAllowHidesNoDeny"}},
 	{"GSO evades quota", exact, "segments are counted with the headers that they get", []string{"TestSegmentsSpendTheBudget", "netpol/enforce.TestBytesEqualCapture"}},
 	{"Device descriptors", gone, "the standard six devices, no mknod", []string{"runtime/containerd.TestInsideDevices", "runtime/containerd.TestInsideForbidden"}},
-	{"RDMA, vsock, AF_XDP, io_uring zero copy", gone, "no device node of theirs, no capability that they need, no io_uring", []string{"runtime/containerd.TestInsideDevices", "runtime/containerd.TestInsidePrivileges", "runtime/containerd.TestSeccomp"}},
+	{"RDMA, vsock, AF_XDP, io_uring zero copy", gone, "no socket family of theirs, no device node, no capability that they need, no io_uring", []string{"runtime/containerd.TestInsideSockets", "runtime/containerd.TestInsideDevices", "runtime/containerd.TestInsidePrivileges", "runtime/containerd.TestSeccomp"}},
 	{"Observability DoS", bounded, "one line for a sandbox, rule, reason and second; no verdict waits for the log", []string{"TestFloodOfDeniedPackets"}},
 
 	{"Published port as a way out", dropped, "only answers leave, to who came, from the port that is published", []string{"TestPublishedPort", "TestPublishedPortInAnothersName", "TestPublishedUDPPort", "netpol/link.TestUnsolicitedIsDropped"}},

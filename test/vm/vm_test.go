@@ -142,7 +142,7 @@ func TestSuitesFitTheirTier(t *testing.T) {
 	if !kernels[kernel61] || !kernels[kernel612] {
 		t.Errorf("the vm tier boots %v, want both kernels", kernels)
 	}
-	if limit := 20 * time.Minute; total > limit {
+	if limit := 27 * time.Minute; total > limit {
 		t.Errorf("the suites of the vm tier may take %v, want at most %v", total, limit)
 	}
 	if _, err := choose([]string{"nonsense"}); err == nil {
