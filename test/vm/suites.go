@@ -69,7 +69,7 @@ var network = []step{
 
 // suites is the registry. Emulation is ten to twenty times slower than the
 // host: list the tests that need the guest, not all that exist. The limits of
-// what `all` runs must not add up to more than 20 minutes.
+// what `all` runs must not add up to more than 27 minutes.
 var suites = []suite{
 	{
 		name: "node", about: "cgroup v2 and the runtime on a unified hierarchy", mode: plain, all: true, limit: 6 * time.Minute,
