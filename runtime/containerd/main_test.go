@@ -26,7 +26,14 @@ var node struct {
 	ids    int
 }
 
+// idleEnv makes this program do nothing until it is killed.
+const idleEnv = "BULKHEAD_TEST_IDLE"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(idleEnv) != "" {
+		time.Sleep(time.Hour)
+		os.Exit(1)
+	}
 	code := m.Run()
 	if node.daemon != nil {
 		if left := node.daemon.Leftovers(); len(left) > 0 {

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -97,6 +99,45 @@ func wantNothing(t testing.TB, r *Runtime, id string) {
 	}
 	if pids := node.daemon.ShimPids(id); len(pids) > 0 {
 		t.Errorf("shims left: %v", pids)
+	}
+}
+
+// TestShimThatContainerdForgot: one that comes up when everybody has given it
+// up is found, and removed. One of another containerd or namespace is not.
+func TestShimThatContainerdForgot(t *testing.T) {
+	r := start(t)
+	id := "t" + strconv.Itoa(os.Getpid()) + "-forgotten"
+	shim := func(namespace, address string) *exec.Cmd {
+		c := exec.Command("/proc/self/exe")
+		c.Args = []string{"/usr/bin/" + shimProgram, "-namespace", namespace, "-id", id, "-address", address}
+		c.Env = append(os.Environ(), idleEnv+"=1")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+		return c
+	}
+	others := []*exec.Cmd{shim("another", r.cfg.Address), shim(r.cfg.Namespace, "/run/another.sock")}
+	if ids, err := r.List(t.Context()); err != nil || slices.Contains(ids, id) {
+		t.Errorf("list with shims of others: got %v, %v", ids, err)
+	}
+	ours := shim(r.cfg.Namespace, r.cfg.Address)
+	if ids, err := r.List(t.Context()); err != nil || !slices.Contains(ids, id) {
+		t.Errorf("list: got %v, %v", ids, err)
+	}
+	if err := r.Remove(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := ours.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("it ended with %v", err)
+	}
+	for _, c := range others {
+		if !alive(uint32(c.Process.Pid)) {
+			t.Errorf("another's shim was killed: %v", c.Args)
+		}
+	}
+	if ids, err := r.List(t.Context()); err != nil || slices.Contains(ids, id) {
+		t.Errorf("list afterwards: got %v, %v", ids, err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,7 +114,7 @@ func (r *Runtime) removeOrphan(ctx context.Context, id string) error {
 		return err
 	}
 	_, err = r.tasks.Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: id})
-	return gone(native(err))
+	return errors.Join(gone(native(err)), r.removeShims(id))
 }
 
 // endTask kills the task and waits for its end. It answers NotFound if
@@ -220,6 +221,11 @@ func (r *Runtime) List(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
+	shims, err := r.shims()
+	if err != nil {
+		return nil, fmt.Errorf("list shims: %w", err)
+	}
+	ids = slices.AppendSeq(ids, maps.Keys(shims))
 	slices.Sort(ids)
 	return slices.Compact(ids), nil
 }
