@@ -40,7 +40,10 @@ type kernel struct {
 	broken   error // what Budgets answers
 }
 
-var verified = time.Date(2026, 11, 2, 10, 0, 0, 0, time.UTC)
+var (
+	verified = time.Date(2026, 11, 2, 10, 0, 0, 0, time.UTC)
+	month    = time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC) // that holds it
+)
 
 func (k *kernel) set(change func()) {
 	k.mu.Lock()
@@ -127,7 +130,7 @@ func TestPolicyStatus(t *testing.T) {
 	need.Root(t)
 	n := serve(t)
 	n.kernel.budgets = []egress.Budget{
-		{Tenant: "acme", Slot: slot, Window: uint64(verified.Unix()), Limit: 1 << 30, Spent: 5},
+		{Tenant: "acme", Slot: slot, Window: uint64(month.Unix()), Limit: 1 << 30, Spent: 5},
 		{Tenant: "globex", Slot: 0, Window: 1, Limit: 1, Spent: 1},
 		{Tenant: "acme", Slot: slot + 1, Window: 1, Limit: 1, Spent: 1},
 	}
@@ -165,7 +168,7 @@ func TestPolicyStatus(t *testing.T) {
 		Rates: []*nodev1.RateState{{Tenant: "acme", Scope: "sandbox", Bits: 1e9, Fill: 0.5}},
 		Budgets: []*nodev1.BudgetState{
 			{Tenant: "acme", Scope: "tenant", Per: "day", Limit: 50 << 30, Blocked: true, Unknown: true},
-			{Tenant: "acme", Scope: "sandbox", Per: "month", Limit: 1 << 30, Spent: 5, EndsNs: verified.AddDate(0, 1, 0).UnixNano()},
+			{Tenant: "acme", Scope: "sandbox", Per: "month", Limit: 1 << 30, Spent: 5, EndsNs: month.AddDate(0, 1, 0).UnixNano()},
 		},
 		Names: []*nodev1.LearnedName{
 			{Name: "a?.example.com"},

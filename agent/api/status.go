@@ -12,11 +12,11 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/bulkheadhq/bulkhead/agent/budget"
 	"github.com/bulkheadhq/bulkhead/agent/egress"
 	"github.com/bulkheadhq/bulkhead/agent/sandbox"
 	"github.com/bulkheadhq/bulkhead/netpol"
@@ -192,30 +192,14 @@ func (s *Server) budgets(rec sandbox.Record, all []egress.Budget) []*nodev1.Budg
 		for _, k := range all {
 			if k.Tenant == b.Tenant && k.Slot == slot {
 				row.Limit, row.Spent, row.Unknown, row.Blocked = k.Limit, k.Spent, false, k.Spent >= k.Limit
-				row.EndsNs = unixNano(windowEnd(k.Window, b.Per))
+				if k.Window != 0 { // it has begun
+					row.EndsNs = unixNano(budget.End(b.Per, k.Window))
+				}
 			}
 		}
 		out = append(out, row)
 	}
 	return out
-}
-
-// windowEnd is when the window that began at start, in Unix seconds, is over;
-// the zero time if it has not begun.
-func windowEnd(start uint64, per netpol.Window) time.Time {
-	if start == 0 {
-		return time.Time{}
-	}
-	from := time.Unix(int64(start), 0).UTC()
-	switch per {
-	case netpol.PerHour:
-		return from.Add(time.Hour)
-	case netpol.PerDay:
-		return from.AddDate(0, 0, 1)
-	case netpol.PerMonth:
-		return from.AddDate(0, 1, 0)
-	}
-	return time.Time{}
 }
 
 // blocked says which budgets of a sandbox are spent.

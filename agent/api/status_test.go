@@ -5,35 +5,9 @@ package api
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/bulkheadhq/bulkhead/netpol"
 )
-
-func TestWindowEnd(t *testing.T) {
-	for _, test := range []struct {
-		start string
-		per   netpol.Window
-		want  string
-	}{
-		{"2026-11-02T10:00:00Z", netpol.PerHour, "2026-11-02T11:00:00Z"},
-		{"2026-12-31T23:00:00Z", netpol.PerHour, "2027-01-01T00:00:00Z"},
-		{"2028-02-28T00:00:00Z", netpol.PerDay, "2028-02-29T00:00:00Z"},
-		{"2026-02-01T00:00:00Z", netpol.PerMonth, "2026-03-01T00:00:00Z"},
-		{"2026-12-01T00:00:00Z", netpol.PerMonth, "2027-01-01T00:00:00Z"},
-	} {
-		start, err := time.Parse(time.RFC3339, test.start)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := windowEnd(uint64(start.Unix()), test.per).Format(time.RFC3339); got != test.want {
-			t.Errorf("the %s from %s ends at %s, want %s", test.per, test.start, got, test.want)
-		}
-	}
-	if got := windowEnd(0, netpol.PerDay); !got.IsZero() {
-		t.Errorf("a window that has not begun ends at %s", got)
-	}
-}
 
 func TestIsName(t *testing.T) {
 	long := strings.Repeat("a", 63)

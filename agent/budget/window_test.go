@@ -72,3 +72,22 @@ func TestWindowsFollowEachOther(t *testing.T) {
 		}
 	}
 }
+
+// TestEndOfWindows: at the ends of days, months and years.
+func TestEndOfWindows(t *testing.T) {
+	for _, c := range []struct {
+		start string
+		per   netpol.Window
+		want  string
+	}{
+		{"2026-11-02T10:00:00Z", netpol.PerHour, "2026-11-02T11:00:00Z"},
+		{"2026-12-31T23:00:00Z", netpol.PerHour, "2027-01-01T00:00:00Z"},
+		{"2028-02-28T00:00:00Z", netpol.PerDay, "2028-02-29T00:00:00Z"},
+		{"2026-02-01T00:00:00Z", netpol.PerMonth, "2026-03-01T00:00:00Z"},
+		{"2026-12-01T00:00:00Z", netpol.PerMonth, "2027-01-01T00:00:00Z"},
+	} {
+		if got := End(c.per, uint64(at(t, c.start).Unix())); !got.Equal(at(t, c.want)) {
+			t.Errorf("the %s from %s ends at %s, want %s", c.per, c.start, got, c.want)
+		}
+	}
+}

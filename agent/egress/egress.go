@@ -18,7 +18,7 @@ import (
 )
 
 // FlowEvent is one entry of the kernel's flow log: the first packet of a
-// sandbox, rule, reason and second on a CPU.
+// sandbox, rule, reason and second.
 type FlowEvent struct {
 	ID           string
 	Slot         uint32
@@ -32,9 +32,10 @@ type FlowEvent struct {
 	LocalPort    uint16
 	PeerPort     uint16
 	Bytes        uint64 // L3 bytes of this packet, all segments
-	TotalPackets uint64 // of its counter, with this packet
+	// Of its counter, with this packet: of the rule if that let it pass or denied
+	// it, else of the reason, whatever rule the packet was under.
+	TotalPackets uint64
 	TotalBytes   uint64
-	CPU          int // whose totals they are; the same for all events if they are those of all CPUs
 }
 
 // DNSEvent is one lookup.

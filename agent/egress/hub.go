@@ -43,8 +43,7 @@ type kind struct {
 	inbound                     bool
 }
 
-// counter names one of the kernel's: of a rule, or of a reason if no rule
-// decided. A rule that passes some and drops others counts all of them.
+// counter names one of the kernel's: of a rule, or of a reason.
 type counter struct {
 	tenant, rule, reason string
 	inbound              bool
@@ -72,8 +71,8 @@ type tally struct {
 type log struct {
 	entries  []Entry // oldest first
 	kinds    map[kind]*tally
-	counters map[counter]map[int]counted // by CPU
-	forgot   bool                        // counters were dropped: one that is new here may not be new
+	counters map[counter]counted
+	forgot   bool // counters were dropped: one that is new here may not be new
 	names    map[netip.Addr][]string
 	order    []netip.Addr // of names, oldest first
 	subs     map[*Subscription]bool
@@ -142,7 +141,7 @@ func (h *Hub) of(id string) *log {
 	l := h.logs[id]
 	if l == nil {
 		l = &log{
-			kinds: map[kind]*tally{}, counters: map[counter]map[int]counted{},
+			kinds: map[kind]*tally{}, counters: map[counter]counted{},
 			names: map[netip.Addr][]string{}, subs: map[*Subscription]bool{},
 		}
 		h.logs[id] = l
@@ -188,24 +187,25 @@ func (h *Hub) DNS(e DNSEvent) {
 	h.add(l, Entry{Lookup: &e})
 }
 
+// counterOf answers whose totals an event carries. What a limit drops counts
+// for the limit's reason alone, though the event names the rule.
+func counterOf(e FlowEvent) counter {
+	if e.Rule != "" && (e.Reason == netpol.ReasonAllowed || e.Reason == netpol.ReasonDenied) {
+		return counter{tenant: e.Tenant, rule: e.Rule}
+	}
+	return counter{reason: e.Reason, inbound: e.Inbound}
+}
+
 // moved answers by how much the counter of an event has moved since it was last
 // heard of.
 func (l *log) moved(e FlowEvent) counted {
-	c := counter{tenant: e.Tenant, rule: e.Rule}
-	if e.Rule == "" {
-		c = counter{reason: e.Reason, inbound: e.Inbound}
+	c := counterOf(e)
+	before, known := l.counters[c]
+	if !known && len(l.counters) >= maxKinds {
+		clear(l.counters)
+		l.forgot = true
 	}
-	byCPU := l.counters[c]
-	if byCPU == nil {
-		if len(l.counters) >= maxKinds {
-			clear(l.counters)
-			l.forgot = true
-		}
-		byCPU = map[int]counted{}
-		l.counters[c] = byCPU
-	}
-	before, known := byCPU[e.CPU]
-	byCPU[e.CPU] = counted{e.TotalPackets, e.TotalBytes}
+	l.counters[c] = counted{e.TotalPackets, e.TotalBytes}
 	switch {
 	case known && e.TotalPackets >= before.packets && e.TotalBytes >= before.bytes:
 		return counted{e.TotalPackets - before.packets, e.TotalBytes - before.bytes}
@@ -216,7 +216,7 @@ func (l *log) moved(e FlowEvent) counted {
 }
 
 // count adds what its counter has moved by, and answers whether the event makes
-// an entry: the same flow in the same second, seen on another CPU, does not.
+// an entry: the same flow in the same second does not.
 func (l *log) count(e FlowEvent) (sum counted, tell bool) {
 	k := kind{e.Tenant, e.Rule, e.Reason, e.Audit, e.Inbound}
 	t := l.kinds[k]

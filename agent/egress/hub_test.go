@@ -27,9 +27,9 @@ var (
 func always(string) bool { return true }
 
 // sent is an event of an allow rule at a second, with the totals of its counter.
-func sent(second, cpu int, to netip.Addr, packets, bytes uint64) FlowEvent {
+func sent(second int, to netip.Addr, packets, bytes uint64) FlowEvent {
 	return FlowEvent{ID: "a", Time: at.Add(time.Duration(second) * time.Second), Tenant: "acme", Rule: "api", Reason: "allow",
-		Proto: netpol.TCP, Peer: to, PeerPort: 443, Bytes: 60, TotalPackets: packets, TotalBytes: bytes, CPU: cpu}
+		Proto: netpol.TCP, Peer: to, PeerPort: 443, Bytes: 60, TotalPackets: packets, TotalBytes: bytes}
 }
 
 type sums struct {
@@ -46,19 +46,18 @@ func shown(entries []Entry) (out []sums) {
 	return out
 }
 
-// Every packet that a counter saw is in the sum of exactly one entry, whichever
-// CPU it was counted on.
+// Every packet that a counter saw is in the sum of exactly one entry.
 func TestSuppressedPacketsAreCounted(t *testing.T) {
 	h := New(Config{Live: always})
 	for _, e := range []FlowEvent{
-		sent(0, 0, api, 1, 60),
-		sent(0, 1, api, 1, 60),      // the same flow on another CPU: no entry of its own
-		sent(0, 2, evil, 1, 60),     // another destination in the same second is worth one
-		sent(1, 0, api, 11, 1_060),  // 10 more on CPU 0
-		sent(2, 1, api, 6, 360),     // 5 more on CPU 1
-		sent(3, 0, api, 2, 120),     // the counter began anew
-		sent(4, 0, api, 2, 120),     // nothing more: cannot be, and is not negative
-		sent(5, 3, api, 4_000, 9e6), // a CPU that is new here: all that it had counted
+		sent(0, api, 1, 60),
+		sent(0, api, 2, 120),  // the same flow in the same second: no entry of its own
+		sent(0, evil, 3, 180), // another destination in the same second is worth one
+		sent(1, api, 13, 1_180),
+		sent(2, api, 18, 1_480),
+		sent(3, api, 2, 120), // the counter began anew
+		sent(4, api, 2, 120), // nothing more: cannot be, and is not negative
+		sent(5, api, 4_002, 9_000_120),
 	} {
 		h.Flow(e)
 	}
@@ -71,16 +70,32 @@ func TestSuppressedPacketsAreCounted(t *testing.T) {
 	}
 }
 
-// What passes a rule and what it drops have entries of their own in the same
-// second, and share a counter.
-func TestOneCounterOfTwoKinds(t *testing.T) {
+// What a rule lets pass and what it denies have entries of their own in the
+// same second, and share a counter. What a limit drops of it does not: that
+// counts for the limit's reason, together with what it drops of other rules.
+func TestCountersOfARule(t *testing.T) {
 	h := New(Config{Live: always})
-	pass, drop := sent(0, 0, api, 10, 1_000), sent(0, 0, api, 14, 1_400)
-	drop.Reason = "rate"
-	h.Flow(pass)
-	h.Flow(drop)
-	h.Flow(sent(1, 0, api, 15, 1_500))
-	want := []sums{{api.String(), 10, 1_000}, {api.String(), 4, 400}, {api.String(), 1, 100}}
+	drop := func(second int, rule, reason string, packets, bytes uint64) FlowEvent {
+		e := sent(second, api, packets, bytes)
+		e.Rule, e.Reason = rule, reason
+		return e
+	}
+	for _, e := range []FlowEvent{
+		sent(0, api, 10, 1_000),
+		drop(0, "api", "rule_deny", 14, 1_400),
+		drop(0, "api", "rate", 3, 300),
+		sent(1, api, 15, 1_500),
+		drop(1, "other", "rate", 5, 500),
+		drop(2, "api", "rate", 6, 600),
+		drop(2, "api", "budget", 1, 100),
+		sent(2, api, 16, 1_600),
+	} {
+		h.Flow(e)
+	}
+	var want []sums
+	for _, n := range []uint64{10, 4, 3, 1, 2, 1, 1, 1} {
+		want = append(want, sums{api.String(), n, 100 * n})
+	}
 	if diff := cmp.Diff(want, shown(h.Recent("a", Filter{}, 0))); diff != "" {
 		t.Errorf("entries (-want +got):\n%s", diff)
 	}
@@ -90,7 +105,7 @@ func TestOneCounterOfTwoKinds(t *testing.T) {
 // direction.
 func TestCountersHaveTheirOwnTotals(t *testing.T) {
 	h := New(Config{Live: always})
-	base := sent(0, 0, api, 5, 300)
+	base := sent(0, api, 5, 300)
 	for _, change := range []func(*FlowEvent){
 		func(*FlowEvent) {},
 		func(e *FlowEvent) { e.Rule = "other" },
@@ -119,7 +134,7 @@ func TestCountersHaveTheirOwnTotals(t *testing.T) {
 func TestTalliesAreBounded(t *testing.T) {
 	h := New(Config{Live: always})
 	for i := range maxKinds + 10 {
-		e := sent(i, 0, api, 1_000, 60_000)
+		e := sent(i, api, 1_000, 60_000)
 		e.Rule = fmt.Sprint("r", i)
 		h.Flow(e)
 	}
@@ -137,10 +152,10 @@ func TestTalliesAreBounded(t *testing.T) {
 
 func TestFilter(t *testing.T) {
 	h := New(Config{Live: always})
-	denied, audited := sent(1, 0, evil, 1, 60), sent(2, 0, evil, 1, 60)
+	denied, audited := sent(1, evil, 1, 60), sent(2, evil, 1, 60)
 	denied.Reason, denied.Rule = "no_rule", ""
 	audited.Audit = "no_rule"
-	h.Flow(sent(0, 0, api, 1, 60))
+	h.Flow(sent(0, api, 1, 60))
 	h.Flow(denied)
 	h.Flow(audited)
 	h.DNS(DNSEvent{ID: "a", Time: at, Name: "api.example.com", Outcome: "answered"})
@@ -177,7 +192,7 @@ func TestLogsAreBounded(t *testing.T) {
 	h := New(Config{Live: always, PerSandbox: 10, Total: 24})
 	fill := func(id string) {
 		for i := range 30 {
-			e := sent(i, 0, api, uint64(i+1), 60)
+			e := sent(i, api, uint64(i+1), 60)
 			e.ID = id
 			h.Flow(e)
 		}
@@ -210,8 +225,8 @@ func TestNames(t *testing.T) {
 	}})
 	h.DNS(DNSEvent{ID: "a", Time: at, Name: "api.example.com", Addrs: []netip.Addr{api, evil}})
 	h.DNS(DNSEvent{ID: "a", Time: at, Name: "cdn.example.com", Addrs: []netip.Addr{api}})
-	h.Flow(sent(0, 0, api, 1, 60))
-	h.Flow(sent(0, 0, evil, 2, 120))
+	h.Flow(sent(0, api, 1, 60))
+	h.Flow(sent(0, evil, 2, 120))
 	got := h.Recent("a", Filter{}, 2)
 	if diff := cmp.Diff([]string{"cdn.example.com", "api.example.com"}, got[0].Flow.Names); diff != "" {
 		t.Errorf("names of %s (-want +got):\n%s", api, diff)
@@ -248,10 +263,10 @@ func TestLast(t *testing.T) {
 	if got := h.Last("a"); len(got) != 0 {
 		t.Errorf("before anything: %v", got)
 	}
-	h.Flow(sent(3, 0, api, 1, 60))
-	h.Flow(sent(3, 1, api, 1, 60)) // no entry of its own, and yet seen
-	h.Flow(sent(2, 2, api, 1, 60)) // late
-	noRule := sent(9, 0, evil, 1, 60)
+	h.Flow(sent(3, api, 1, 60))
+	h.Flow(sent(3, api, 1, 60)) // no entry of its own, and yet seen
+	h.Flow(sent(2, api, 1, 60)) // late
+	noRule := sent(9, evil, 1, 60)
 	noRule.Rule, noRule.Tenant, noRule.Reason = "", "", "no_rule"
 	h.Flow(noRule)
 	want := map[RuleKey]time.Time{{"acme", "api"}: at.Add(3 * time.Second)}
@@ -265,11 +280,11 @@ func TestLast(t *testing.T) {
 func TestSlowReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := New(Config{Live: always, PerSandbox: 4})
-		h.Flow(sent(0, 0, api, 1, 60))
+		h.Flow(sent(0, api, 1, 60))
 		s := h.Subscribe("a", Filter{}, 0)
 		defer s.Close()
 		for i := 1; i <= 20; i++ {
-			h.Flow(sent(i, 0, api, uint64(i+1), 60))
+			h.Flow(sent(i, api, uint64(i+1), 60))
 		}
 		var missed uint64
 		var seen []int
@@ -296,7 +311,7 @@ func TestSlowReader(t *testing.T) {
 			next <- int(e.Flow.Time.Sub(at).Seconds())
 		}()
 		synctest.Wait() // it waits for one
-		h.Flow(sent(30, 0, api, 100, 600))
+		h.Flow(sent(30, api, 100, 600))
 		if got := <-next; got != 30 {
 			t.Errorf("read entry %d, want 30", got)
 		}
@@ -307,8 +322,8 @@ func TestSubscription(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := New(Config{Live: always})
 		s := h.Subscribe("a", Filter{Denied: true}, -1)
-		h.Flow(sent(0, 0, api, 1, 60)) // the filter leaves it out
-		denied := sent(1, 0, evil, 1, 60)
+		h.Flow(sent(0, api, 1, 60)) // the filter leaves it out
+		denied := sent(1, evil, 1, 60)
 		denied.Reason, denied.Rule = "no_rule", ""
 		h.Flow(denied)
 		other := denied
@@ -344,7 +359,7 @@ func TestForget(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ran := make(chan error, 1)
 		go func() { ran <- h.Run(ctx) }()
-		h.Flow(sent(0, 0, api, 1, 60))
+		h.Flow(sent(0, api, 1, 60))
 		h.DNS(DNSEvent{ID: "b", Time: at, Name: "api.example.com"})
 		s := h.Subscribe("a", Filter{}, -1)
 		kept := func() bool { return len(h.Recent("a", Filter{}, 0)) == 1 }
@@ -377,7 +392,7 @@ func TestForget(t *testing.T) {
 
 func BenchmarkFlow(b *testing.B) {
 	h := New(Config{Live: always})
-	e := sent(0, 0, api, 0, 0)
+	e := sent(0, api, 0, 0)
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
 		e.Time = e.Time.Add(time.Second)

@@ -41,10 +41,11 @@ const windowBits = 16
 const leaseTries = 8
 
 // SetBudget makes or changes the budget that policies refer to as Tenant's; call
-// it before a policy does, which otherwise makes one with nothing left. The first call for a window makes Limit - Spent bytes available and
-// voids what is left of the window before; later ones change the limit alone,
-// at once, and what was spent stays spent. After a lower limit CPUs may still
-// send what they have leased, at most 64 KiB each.
+// it before a policy does, which otherwise makes one with nothing left. The
+// first call for a window makes Limit - Spent bytes available and voids what is
+// left of the window before; later ones change the limit alone, at once, and
+// what was spent stays spent. After a lower limit CPUs may still send what they
+// have leased, at most 64 KiB each.
 //
 // Nothing that the programs do meanwhile makes more than Limit bytes pass in a
 // window. A CPU that leases bytes while the window changes may lose that lease:
@@ -111,8 +112,8 @@ func windowOf(v *bpf.DatapathBhBudget) uint64 { return v.Window >> windowBits }
 
 // Budgets reads all budgets that have been set, sorted by tenant and slot: those
 // of sandboxes that are attached, and those of tenants, which stay for a while
-// when their last sandbox is gone. Spent is exact while nobody sends; otherwise it may be too high by what is
-// being leased at that moment.
+// when their last sandbox is gone. Spent is exact while nobody sends; otherwise
+// it may be too high by what is being leased at that moment.
 func (e *Enforcer) Budgets() ([]BudgetState, error) {
 	if err := e.use(); err != nil {
 		return nil, err

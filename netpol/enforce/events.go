@@ -92,8 +92,9 @@ type Event struct {
 	PeerPort     uint16 // EchoPort of an echo request
 	Bytes        uint64 // l3 bytes of this packet, all segments
 
-	// Of all packets of the sandbox that the same rule passed or dropped, or, if
-	// none decided, that were dropped for the same reason, when it was read.
+	// Of all packets of the sandbox that the same rule let pass or denied, when it
+	// was read. For any other reason, limits too, which name the rule that they
+	// were met under: that were dropped for the same reason, when it was sent.
 	TotalPackets, TotalBytes uint64
 }
 

@@ -172,10 +172,8 @@ func gcra(rate uint64) (cost, burst uint64) {
 // limitsFor answers the buckets and budgets of p for the sandbox in slot n, and
 // takes hold of each once for this policy. Those that do not exist yet are
 // made: buckets full, budgets with nothing left. On error nothing is made or
-// held.
-//
-// +checklocks:s.mu
-func (e *Enforcer) limitsFor(_ *slot, n uint32, p netpol.Program) (l limitIDs, err error) {
+// held. The caller holds the slot's lock.
+func (e *Enforcer) limitsFor(n uint32, p netpol.Program) (l limitIDs, err error) {
 	t := &e.limits
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -500,8 +498,8 @@ type RateState struct {
 	Full         float64 // of the burst in use now: 0 nothing, 1 all, packets are being dropped
 }
 
-// Rates reads the buckets of a sandbox, those of its tenants
-// among them, sorted by tenant, rule and scope.
+// Rates reads the buckets of a sandbox, those of its tenants among them, sorted
+// by tenant, rule and scope.
 func (e *Enforcer) Rates(id string, slot uint32) ([]RateState, error) {
 	if err := e.use(); err != nil {
 		return nil, err

@@ -69,7 +69,7 @@ func (e *Enforcer) setPolicy(s *slot, n uint32, p netpol.Program, rev uint64, le
 	if err != nil {
 		return err
 	}
-	limits, err := e.limitsFor(s, n, p)
+	limits, err := e.limitsFor(n, p)
 	if err != nil {
 		return errors.Join(err, e.rules.release(added))
 	}
@@ -109,7 +109,7 @@ func (e *Enforcer) keepPolicy(s *slot, n uint32, p netpol.Program, rev uint64) e
 		if err != nil {
 			return err
 		}
-		limits, err := e.limitsFor(s, n, p)
+		limits, err := e.limitsFor(n, p)
 		if err != nil {
 			return errors.Join(err, e.rules.release(added))
 		}

@@ -69,8 +69,7 @@ func (m *Manager) noted(o owned) (bool, error) {
 }
 
 // deleteNotes deletes what the sets hold of addresses, connections left out.
-// Their links must be gone, or
-// packets may add to them meanwhile.
+// Their links must be gone, or packets may add to them meanwhile.
 func (m *Manager) deleteNotes(addrs []netip.Addr) error {
 	m.rules.mu.Lock()
 	defer m.rules.mu.Unlock()

@@ -111,6 +111,28 @@ func TestRate(t *testing.T) {
 	if n.get("slow-1").dropped("rate")+n.get("slow-2").dropped("rate") == 0 {
 		t.Error("nothing was dropped for the rate")
 	}
+	// The flow log tells of every packet at most once.
+	var passed, dropped int
+	for line := range strings.Lines(n.must("flows", "slow-1", "-o", "json")) {
+		var e struct {
+			Flow struct{ Verdict, Packets string }
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("flows: %v: %s", err, line)
+		}
+		if e.Flow.Verdict == "allow" {
+			passed += number(e.Flow.Packets)
+		} else {
+			dropped += number(e.Flow.Packets)
+		}
+	}
+	rec := n.get("slow-1")
+	if most := number(rec.Network.EgressPackets); passed == 0 || passed > most {
+		t.Errorf("the flow log tells of %d packets that passed, %d were counted", passed, most)
+	}
+	if most := rec.dropped("rate"); dropped == 0 || dropped > most {
+		t.Errorf("the flow log tells of %d packets that were dropped, %d were counted", dropped, most)
+	}
 }
 
 // TestAudit: in audit mode what no rule allows passes inside the guardrails of

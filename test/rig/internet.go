@@ -74,6 +74,7 @@ type Internet struct {
 	// Requests counts HTTP requests by host name.
 	mu       sync.Mutex
 	requests map[string]int
+	conns    map[net.Conn]bool // open: a sandbox that was cut off never ends its own
 	wg       sync.WaitGroup
 }
 
@@ -95,7 +96,7 @@ func (n *Internet) count(host string) {
 // that sends as many bytes as it is asked for in one line, and the resolver of
 // names.go.
 func openInternet() (*Internet, error) {
-	n := &Internet{requests: map[string]int{}}
+	n := &Internet{requests: map[string]int{}, conns: map[net.Conn]bool{}}
 	for _, h := range hosts {
 		if err := n.addHost(h); err != nil {
 			return nil, errors.Join(fmt.Errorf("host %s: %w", h.name, err), n.Close())
@@ -262,7 +263,9 @@ func (n *Internet) listen(host, addr string, handle func(net.Conn)) error {
 				return
 			}
 			n.count(host)
+			n.hold(c, true)
 			n.wg.Go(func() {
+				defer n.hold(c, false)
 				defer c.Close()
 				_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 				handle(c)
@@ -270,6 +273,17 @@ func (n *Internet) listen(host, addr string, handle func(net.Conn)) error {
 		}
 	})
 	return nil
+}
+
+// hold notes whether a connection is open.
+func (n *Internet) hold(c net.Conn, open bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if open {
+		n.conns[c] = true
+	} else {
+		delete(n.conns, c)
+	}
 }
 
 // Inside runs f in the namespace of a host, on a thread of its own.
@@ -293,6 +307,11 @@ func (n *Internet) Close() error {
 		}
 		_ = s.Close()
 	}
+	n.mu.Lock()
+	for c := range n.conns {
+		_ = c.Close() // its handler ends
+	}
+	n.mu.Unlock()
 	for _, l := range n.links {
 		errs = append(errs, removeLink(l))
 	}
